@@ -1,0 +1,310 @@
+"""The one door to durability: every write the store and the trackers make goes through here.
+
+Only this module creates, renames, unlinks, fsyncs, locks and punches. It is a
+class, `FileSystem`, and not a set of functions, so that one fault-injecting
+double can stand in for it; the store and the trackers are handed one.
+
+The rules it upholds:
+
+- A file gets its final name only after its own fsync succeeded, and the name
+  counts only after the directory's fsync (`publish`, `replace_bytes`).
+- After a failed fsync nothing is retried on the same file: Linux reports the
+  error once and may have dropped the pages. The caller writes anew under a
+  new name, or stops.
+- Every `OSError` becomes a `StorageError` that names the path;
+  ENOSPC and EDQUOT become `StorageFullError`.
+
+Handles (`File`) may be shared between threads for positioned reads and writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from replica.errors import BusyError, StorageError, StorageFullError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+@contextmanager
+def _named(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done to which path."""
+    try:
+        yield
+    except OSError as error:
+        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+class File:
+    """An open file. Positioned I/O only; complete or an error, never short."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        self.path = path
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with _named("close", self.path):
+                os.close(fd)
+
+    def size(self) -> int:
+        with _named("stat", self.path):
+            return os.fstat(self._fd).st_size
+
+    def allocated_bytes(self) -> int:
+        """Bytes the file occupies on its file system (holes do not count)."""
+        with _named("stat", self.path):
+            return os.fstat(self._fd).st_blocks * 512
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        with _named("read", self.path):
+            while done < len(view):
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        return done
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes, or fewer at the end of the file."""
+        buffer = bytearray(length)
+        count = self.read_into(offset, buffer)
+        return bytes(buffer) if count == length else bytes(buffer[:count])
+
+    def write(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        with _named("write", self.path):
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def truncate(self, size_bytes: int) -> None:
+        with _named("resize", self.path):
+            os.ftruncate(self._fd, size_bytes)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros inside the file's size, as a hole where the file system can."""
+        length = min(length, self.size() - offset)
+        if length <= 0:
+            return
+        flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        if _libc.fallocate(self._fd, flags, offset, length) == 0:
+            return
+        number = ctypes.get_errno()
+        with _named("punch a hole into", self.path):
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(number, os.strerror(number))
+        blank = bytes(min(length, 1 << 20))
+        for start in range(offset, offset + length, len(blank)):
+            self.write(start, memoryview(blank)[: min(len(blank), offset + length - start)])
+
+    def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Ranges (offset, length) in [start, stop) that may hold data; holes are left out.
+
+        A file system that does not know answers one range: everything.
+        """
+        with _named("seek in", self.path):
+            while start < stop:
+                try:
+                    begin = os.lseek(self._fd, start, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno == errno.ENXIO:
+                        return
+                    begin = start
+                if begin >= stop:
+                    return
+                end = min(os.lseek(self._fd, begin, os.SEEK_HOLE), stop)
+                if end <= begin:
+                    return
+                yield begin, end - begin
+                start = end
+
+    def sync(self) -> None:
+        """fsync: content and size are on stable storage when this returns."""
+        with _named("sync", self.path):
+            os.fsync(self._fd)
+
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
+        """Ask the kernel to forget cached pages (only clean ones go), so that a read comes from the device."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def sequential(self) -> None:
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
+class Lock:
+    """A kernel lock on a file (flock): gone with the process, whatever happens to it."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        self.path = path
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+class FileSystem:
+    """The real file system. Stateless and thread-safe."""
+
+    def open(self, path: Path, *, write: bool = False) -> File:
+        """Open an existing file."""
+        with _named("open", path):
+            return File(os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC), path)
+
+    def create(self, path: Path, *, private: bool = False) -> File:
+        """Create a new file for reading and writing; it must not exist. `private`: mode 0600."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with _named("create", path):
+            return File(os.open(path, flags, 0o600 if private else 0o640), path)
+
+    def create_anonymous(self, directory: Path) -> File:
+        """A nameless scratch file that vanishes with its last handle, whatever happens."""
+        with _named("create a scratch file in", directory):
+            try:
+                return File(os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600), directory)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                    raise
+            path = directory / f".scratch-{os.urandom(8).hex()}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.unlink(path)
+            return File(fd, path)
+
+    def sync_directory(self, path: Path) -> None:
+        """fsync a directory: the names in it are as durable as they are now."""
+        with _named("sync", path):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def make_directory(self, path: Path, *, private: bool = False) -> None:
+        """Create a directory and its parents where missing, each durable in its parent."""
+        if path.is_dir():
+            return
+        self.make_directory(path.parent)
+        with _named("create", path), suppress(FileExistsError):
+            os.mkdir(path, 0o700 if private else 0o750)
+        self.sync_directory(path.parent)
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        """Give a file that was written *and synced* its final name, durably. Replaces what was there."""
+        with _named("rename to", final):
+            os.rename(temporary, final)
+        self.sync_directory(final.parent)
+        if temporary.parent != final.parent:
+            self.sync_directory(temporary.parent)
+
+    def replace_bytes(self, path: Path, data: bytes, *, private: bool = False) -> None:
+        """Atomic replace: after a crash the file holds the old bytes or the new ones, all of them."""
+        temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+        try:
+            with self.create(temporary, private=private) as file:
+                file.write(0, data)
+                file.sync()
+            self.publish(temporary, path)
+        except StorageError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def read_bytes(self, path: Path, limit: int) -> bytes:
+        """The whole file, which may have at most `limit` bytes (StorageError otherwise)."""
+        with self.open(path) as file:
+            size = file.size()
+            if size > limit:
+                raise StorageError(f"{path} has {size} bytes, more than the {limit} it may have")
+            return file.read(0, size)
+
+    def exists(self, path: Path) -> bool:
+        with _named("stat", path):
+            return path.exists()
+
+    def list_names(self, path: Path) -> list[str]:
+        """Sorted names in a directory; an absent directory is an empty one."""
+        with _named("list", path):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file if it is there, durably."""
+        with _named("remove", path):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                return
+        self.sync_directory(path.parent)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory with the plain files and directories in it, durably."""
+        with _named("remove", path):
+            for name in self.list_names(path):
+                child = path / name
+                if stat.S_ISDIR(child.lstat().st_mode):
+                    self.remove_tree(child)
+                else:
+                    os.unlink(child)
+            with suppress(FileNotFoundError):
+                os.rmdir(path)
+        self.sync_directory(path.parent)
+
+    def free_bytes(self, path: Path) -> int:
+        with _named("stat", path):
+            info = os.statvfs(path)
+        return info.f_bavail * info.f_frsize
+
+    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
+        """Take a kernel lock on `path` (made if missing). BusyError with message `busy` if taken and not `wait`."""
+        with _named("lock", path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(fd)
+                raise BusyError(busy or f"{path} is locked by another process") from None
+            except BaseException:
+                os.close(fd)
+                raise
+        return Lock(fd, path)

@@ -1,0 +1,182 @@
+"""The words of the project as frozen values: identities, disks, states, epochs.
+
+Everything here is immutable, hashable where it makes sense, thread-safe, and
+free of I/O. All of it is encoded as JSON by `msgspec` (state files, wire
+documents, the head of a manifest); decoding checks types *and* the bounds in
+`__post_init__`, so a value that exists is a value that is valid.
+
+Units are in the names: `size_bytes`, `count_grains`, `frozen_at_ns`
+(nanoseconds since the Unix epoch, UTC).
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import NewType
+from uuid import UUID
+
+import msgspec
+
+ReplicaId = NewType("ReplicaId", UUID)
+DiskId = NewType("DiskId", UUID)
+DeltaId = NewType("DeltaId", UUID)
+KeyId = NewType("KeyId", UUID)
+
+NIL = UUID(int=0)
+EMPTY_DELTA_ID = DeltaId(NIL)
+"""Names the empty state: no disks, point 0. Every replica starts there."""
+
+GRAIN_BYTES = 4096
+LEAF_BYTES = 16384
+SECTOR_BYTES = 512
+DIGEST_BYTES = 32
+MAX_DISK_BYTES = 64 << 40
+"""64 TiB, the largest disk VHDX allows; the Merkle tree's fixed depth covers it with 16 KiB leaves."""
+MAX_DISKS = 256
+MAX_NAME_BYTES = 255
+
+ZERO_ROOT = bytes(DIGEST_BYTES)
+
+
+def random_id() -> UUID:
+    """128 random bits as a UUID value (no version bits: nothing reads them)."""
+    return UUID(bytes=os.urandom(16))
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it can be a machine's or disk's name, else raise ValueError.
+
+    Names become file names at the receiver and in `restore`, so they are
+    letters, digits, `.`, `_`, `-`, ` ` and may not start with a dot.
+    """
+    if not name or len(name.encode()) > MAX_NAME_BYTES or name.startswith("."):
+        raise ValueError(f"{what} {name!r} must have 1 to {MAX_NAME_BYTES} bytes and not start with a dot")
+    if any(not (c.isalnum() or c in "._- ") for c in name) or name != name.strip():
+        raise ValueError(f"{what} {name!r} may hold letters, digits, '.', '_', '-' and inner spaces only")
+    return name
+
+
+class Consistency(StrEnum):
+    """What a point's instant promises to the software inside the machine."""
+
+    CRASH = "crash-consistent"
+    APPLICATION = "application-consistent"
+
+
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every value: immutable, strict about unknown fields when decoded."""
+
+
+class Disk(Frozen, frozen=True):
+    """A flat address space of bytes. Two states hold the same disk when the ids are equal."""
+
+    id: DiskId
+    name: str
+    size_bytes: int
+    sector_bytes: int = SECTOR_BYTES
+    grain_bytes: int = GRAIN_BYTES
+    leaf_bytes: int = LEAF_BYTES
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "disk name")
+        if not 0 <= self.size_bytes <= MAX_DISK_BYTES:
+            raise ValueError(f"disk {self.name!r} of {self.size_bytes} bytes: 0 to {MAX_DISK_BYTES} are allowed")
+        if self.sector_bytes not in (512, 4096):
+            raise ValueError(f"sector size {self.sector_bytes} is neither 512 nor 4096")
+        if not 512 <= self.grain_bytes <= 65536 or self.grain_bytes & (self.grain_bytes - 1):
+            raise ValueError(f"grain of {self.grain_bytes} bytes is no power of two from 512 to 65536")
+        if not self.grain_bytes <= self.leaf_bytes <= 1 << 20 or self.leaf_bytes & (self.leaf_bytes - 1):
+            raise ValueError(f"leaf of {self.leaf_bytes} bytes is no power of two from the grain to 1 MiB")
+        if self.size_bytes > self.leaf_bytes << 32:
+            raise ValueError(f"disk {self.name!r} has more than 2^32 leaves of {self.leaf_bytes} bytes")
+
+    @property
+    def count_grains(self) -> int:
+        return -(-self.size_bytes // self.grain_bytes)
+
+    @property
+    def count_leaves(self) -> int:
+        return -(-self.size_bytes // self.leaf_bytes)
+
+    @property
+    def grains_per_leaf(self) -> int:
+        return self.leaf_bytes // self.grain_bytes
+
+
+class DiskState(Frozen, frozen=True):
+    """A disk and the Merkle root of its content (32 bytes; see `merkle`)."""
+
+    disk: Disk
+    root: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.root) != DIGEST_BYTES:
+            raise ValueError("a Merkle root has 32 bytes")
+
+
+class Epoch(Frozen, frozen=True):
+    """The fencing token: grows at every change of role.
+
+    `holder` is random and made by the sender's state directory. A replica
+    takes deltas of exactly one epoch; equal counters with different holders
+    are refused like older ones.
+    """
+
+    counter: int
+    holder: UUID
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.counter < 1 << 63:
+            raise ValueError("epoch counter out of range")
+
+
+class State(Frozen, frozen=True):
+    """One state of a machine: the instant of all its disks that a delta led to.
+
+    Named by `delta_id`, the delta that made it. `disks` are sorted by id.
+    The empty state has `EMPTY_DELTA_ID`, point 0 and no disks.
+    """
+
+    replica_id: ReplicaId
+    delta_id: DeltaId
+    point: int
+    epoch: Epoch
+    frozen_at_ns: int
+    consistency: Consistency
+    disks: tuple[DiskState, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.point < 1 << 48:
+            raise ValueError("point number out of range")
+        if not 0 <= self.frozen_at_ns < 1 << 63:
+            raise ValueError("freeze time out of range")
+        ids = [d.disk.id.bytes for d in self.disks]
+        if len(ids) > MAX_DISKS or any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+            raise ValueError(f"a state has at most {MAX_DISKS} disks, sorted by id, each once")
+        names = [d.disk.name for d in self.disks]
+        if len(set(names)) != len(names):
+            raise ValueError("two disks of a state have the same name")
+
+    @classmethod
+    def empty(cls, replica_id: ReplicaId, epoch: Epoch) -> State:
+        return cls(replica_id, EMPTY_DELTA_ID, 0, epoch, 0, Consistency.CRASH, ())
+
+    @property
+    def is_empty(self) -> bool:
+        return self.delta_id == EMPTY_DELTA_ID
+
+    def disk(self, disk_id: DiskId) -> DiskState | None:
+        return next((d for d in self.disks if d.disk.id == disk_id), None)
+
+    @property
+    def roots(self) -> dict[str, str]:
+        """Disk name -> Merkle root in hex, as every `--json` output shows it."""
+        return {d.disk.name: d.root.hex() for d in self.disks}
+
+
+def rfc3339(time_ns: int) -> str:
+    """RFC 3339 in UTC with microseconds, e.g. `2026-11-22T21:33:07.000250Z`."""
+    moment = datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).replace(microsecond=time_ns // 1000 % 1_000_000)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
