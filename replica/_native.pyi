@@ -1,0 +1,59 @@
+"""The native kernels (Rust, `native/`): per-grain and per-extent work on whole windows.
+
+Buffers are any C-contiguous buffers and are taken as plain bytes, so a numpy array
+of any dtype, structured ones included, can be handed over as it is; 64-bit numbers
+in them are little-endian. All functions release the GIL and are thread-safe as
+long as nobody writes to a buffer that a running call was given. A buffer of the
+wrong size, read-only where it is written, not contiguous, or overlapping another
+argument, and content that is not valid, raise ValueError; negative numbers raise
+OverflowError.
+
+Grains and leaves are powers of two from 512 B to 1 MiB. The last piece of a window
+may be short and counts as if filled up with zeros.
+"""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+__version__: str
+
+def scan(
+    window: Buffer, grain_bytes: int, secret: Buffer, old: Buffer | None, new: Buffer, dirty: Buffer
+) -> tuple[int, int]:
+    """Digest every grain of `window` and compare with what was stored; one pass.
+
+    `secret` has 192 bytes. `old` (or None: nothing known, all dirty) and `new` hold
+    a u64 per grain, `dirty` a u8. Written: `new[i]` = 0 for a zero grain, else its
+    XXH3-64 under the secret with 0 made 1; `dirty[i]` = 1 where that differs from
+    `old[i]`, else 0. `new` must not be `old`. Returns (dirty grains, zero grains).
+    """
+
+def zeros(window: Buffer, grain_bytes: int, out: Buffer) -> None:
+    """Write `out[i]` (u8) = 1 where grain i is all zero, else 0."""
+
+def hash_leaves(window: Buffer, leaf_bytes: int, first_leaf: int, select: Buffer | None, out: Buffer) -> None:
+    """Write the 32-byte Merkle digest of every leaf with `select[i] != 0` (None: all); leave the others."""
+
+def hash_node(children: Buffer, level: int) -> bytes:
+    """The digest (32 bytes) of a node at `level` (1 to 4) from its 256 children's (8192 bytes)."""
+
+def encode_extents(rows: Buffer) -> bytes:
+    """Encode a table (u64[n, 3]: first, count, data 0|1; ascending, disjoint, count >= 1) as varints."""
+
+def decode_extents(encoded: Buffer, max_rows: int) -> bytes:
+    """The table that `encode_extents` made these bytes of, as the bytes of u64[n, 3]; at most `max_rows` rows.
+
+    Every table has exactly one encoding; anything else is refused.
+    """
+
+def overlay(lower: Buffer, upper: Buffer) -> bytes:
+    """`upper` laid over `lower` (tables as above), as the bytes of u64[n, 5].
+
+    A row is (first, count, data, source, offset): source 0 is `lower`, 1 is `upper`;
+    offset is the place in the source's payload in grains, and 0 for zero extents.
+    Rows ascend, do not overlap, and are merged only where one source simply goes on.
+    """
+
+def gather(rows: Buffer, sources: Sequence[Buffer], grain_bytes: int) -> bytes:
+    """The payload of the data rows of such a u64[n, 5] table, concatenated; `sources` by number."""
