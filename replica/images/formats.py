@@ -1,0 +1,47 @@
+"""Which reader opens which image: by the given format, else by the name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from replica.durable import FileSystem
+from replica.errors import ImageError
+from replica.images.image import Image
+from replica.images.raw import RawImage
+from replica.images.vhd import VhdImage
+
+FORMATS: dict[str, Callable[[FileSystem, Path], Image]] = {"raw": RawImage.open, "vhd": VhdImage.open}
+"""The words of `format =`, and what opens such an image."""
+
+_EXTENSIONS = {".raw": "raw", ".img": "raw", ".vhd": "vhd"}
+_UNSUPPORTED = {".vhdx", ".avhd", ".avhdx", ".qcow2", ".vmdk", ".vdi"}
+_CHOICE = " or ".join(f'format = "{name}"' for name in FORMATS)
+
+
+def format_of(path: Path, format: str | None = None) -> str:
+    """The format `path` is to be read in. ImageError if nothing says which.
+
+    The given format counts, else a block device is raw, else the extension
+    (in any case of letters) decides. The content is not looked at.
+    """
+    if format is not None:
+        if format not in FORMATS:
+            raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"set {_CHOICE}")
+        return format
+    if path.is_block_device():
+        return "raw"
+    extension = path.suffix.lower()
+    if extension in _UNSUPPORTED:
+        raise ImageError(
+            f"image {path}: {extension} images are not supported yet",
+            hint=f'convert it ("qemu-img convert -O vpc -o force_size=on {path.name} {path.stem}.vhd")',
+        )
+    if extension not in _EXTENSIONS:
+        raise ImageError(f"image {path}: its name does not say its format", hint=f"set {_CHOICE} for this disk")
+    return _EXTENSIONS[extension]
+
+
+def open(path: Path, format: str | None = None, *, fs: FileSystem | None = None) -> Image:
+    """Open an image for reading. ImageError: not there, unreadable, or not of its format."""
+    return FORMATS[format_of(path, format)](fs or FileSystem(), path)
