@@ -13,13 +13,17 @@ may be short and counts as if filled up with zeros.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy.typing as npt
 from typing_extensions import Buffer
+
+_Memory = Buffer | npt.NDArray[Any]
 
 __version__: str
 
 def scan(
-    window: Buffer, grain_bytes: int, secret: Buffer, old: Buffer | None, new: Buffer, dirty: Buffer
+    window: _Memory, grain_bytes: int, secret: _Memory, old: _Memory | None, new: _Memory, dirty: _Memory
 ) -> tuple[int, int]:
     """Digest every grain of `window` and compare with what was stored; one pass.
 
@@ -29,25 +33,25 @@ def scan(
     `old[i]`, else 0. `new` must not be `old`. Returns (dirty grains, zero grains).
     """
 
-def zeros(window: Buffer, grain_bytes: int, out: Buffer) -> None:
+def zeros(window: _Memory, grain_bytes: int, out: _Memory) -> None:
     """Write `out[i]` (u8) = 1 where grain i is all zero, else 0."""
 
-def hash_leaves(window: Buffer, leaf_bytes: int, first_leaf: int, select: Buffer | None, out: Buffer) -> None:
+def hash_leaves(window: _Memory, leaf_bytes: int, first_leaf: int, select: _Memory | None, out: _Memory) -> None:
     """Write the 32-byte Merkle digest of every leaf with `select[i] != 0` (None: all); leave the others."""
 
-def hash_node(children: Buffer, level: int) -> bytes:
+def hash_node(children: _Memory, level: int) -> bytes:
     """The digest (32 bytes) of a node at `level` (1 to 4) from its 256 children's (8192 bytes)."""
 
-def encode_extents(rows: Buffer) -> bytes:
+def encode_extents(rows: _Memory) -> bytes:
     """Encode a table (u64[n, 3]: first, count, data 0|1; ascending, disjoint, count >= 1) as varints."""
 
-def decode_extents(encoded: Buffer, max_rows: int) -> bytes:
+def decode_extents(encoded: _Memory, max_rows: int) -> bytes:
     """The table that `encode_extents` made these bytes of, as the bytes of u64[n, 3]; at most `max_rows` rows.
 
     Every table has exactly one encoding; anything else is refused.
     """
 
-def overlay(lower: Buffer, upper: Buffer) -> bytes:
+def overlay(lower: _Memory, upper: _Memory) -> bytes:
     """`upper` laid over `lower` (tables as above), as the bytes of u64[n, 5].
 
     A row is (first, count, data, source, offset): source 0 is `lower`, 1 is `upper`;
@@ -55,5 +59,5 @@ def overlay(lower: Buffer, upper: Buffer) -> bytes:
     Rows ascend, do not overlap, and are merged only where one source simply goes on.
     """
 
-def gather(rows: Buffer, sources: Sequence[Buffer], grain_bytes: int) -> bytes:
+def gather(rows: _Memory, sources: Sequence[_Memory], grain_bytes: int) -> bytes:
     """The payload of the data rows of such a u64[n, 5] table, concatenated; `sources` by number."""

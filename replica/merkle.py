@@ -1,0 +1,260 @@
+"""The Merkle tree over a disk's leaves: one root names the content of a whole disk.
+
+A leaf is 16 KiB of the disk by default; the tree has a fixed depth of 4 and a
+fan-out of 256, so it covers 2^32 leaves, whatever the disk's size. Its digests:
+
+    leaf   32 zero bytes if its data is all zero, else BLAKE3 derive-key
+           "replica 2026-11 merkle leaf v1" (data padded with zeros to leaf_bytes ‖ u64 index ‖ u32 leaf_bytes)
+    node   32 zero bytes if its 256 children all are, else BLAKE3 derive-key
+           "replica 2026-11 merkle node v1" (children ‖ u32 level), level 1 to 4
+    root   BLAKE3 derive-key "replica 2026-11 merkle root v1" (level-4 digest ‖ u64 size_bytes ‖ u32 leaf_bytes)
+
+(numbers little-endian). Two things follow. A subtree of zeros is zeros, so the
+tree of a sparse disk is a sparse file, and beyond a disk's end the tree is zero:
+no leaf ever moves or changes its digest when the disk is resized, growing costs
+nothing and shrinking is `truncate`. And index, level and size are hashed, so
+nothing can be swapped, shifted or cut off unnoticed.
+
+The digests of a level lie in blocks of 256, the children of one node; `Nodes` keeps
+them. In a file (`FileNodes`) the levels lie one after the other, top first:
+
+    level  offset       digests
+    4      0            1
+    3      8192         2^8
+    2      16384        2^16
+    1      2113536      2^24
+    0      538984448    2^32, as far as there are leaves that are not zero
+
+A change is a `TreeUpdate`: leaves are put in ascending order, every block on the
+way up is read once, completed and hashed when the stream has passed it. It holds
+one block per level, can run dry to learn the root of a state that is not there
+yet, and repeating it after a crash ends in the same tree.
+
+    update = tree.update(write=False)
+    update.put(first_leaf, leaf_digests(window, first_leaf, leaf_bytes))
+    root = update.root(size_bytes)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from replica import _native
+from replica.durable import File
+from replica.model import DIGEST_BYTES, LEAF_BYTES
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Digests = npt.NDArray[np.uint8]
+"""u8[n, 32], C-contiguous."""
+
+FAN_OUT = 256
+DEPTH = 4
+MAX_LEAVES = FAN_OUT**DEPTH
+BLOCK_BYTES = FAN_OUT * DIGEST_BYTES
+
+_ROOT_CONTEXT = "replica 2026-11 merkle root v1"
+_OFFSETS = (538984448, 2113536, 16384, 8192, 0)
+"""Byte offset of each level in a file, leaves first."""
+
+
+def leaf_digests(buffer: Buffer, first_leaf: int, leaf_bytes: int = LEAF_BYTES) -> Digests:
+    """The digests of the leaves that `buffer` holds from leaf `first_leaf` on; the last one may be short."""
+    count = -(-memoryview(buffer).nbytes // leaf_bytes)
+    digests = np.empty((count, DIGEST_BYTES), np.uint8)
+    _native.hash_leaves(buffer, leaf_bytes, first_leaf, None, digests)
+    return digests
+
+
+def root_of(top: bytes, size_bytes: int, leaf_bytes: int) -> bytes:
+    """The root of a disk from its tree's level-4 digest. Also the disk of 0 bytes has one."""
+    body = top + size_bytes.to_bytes(8, "little") + leaf_bytes.to_bytes(4, "little")
+    return blake3.blake3(body, derive_key_context=_ROOT_CONTEXT).digest()
+
+
+class Nodes(Protocol):
+    """Where the digests are kept, in blocks of 256; what was never written is zero."""
+
+    def read(self, level: int, block: int) -> Digests:
+        """A copy of the block, u8[256, 32]. Of level 4 only the first digest is used."""
+
+    def write(self, level: int, block: int, digests: Digests) -> None:
+        """Replace the block."""
+
+    def clear(self, level: int, first_block: int) -> None:
+        """Make every block of the level from `first_block` on zero."""
+
+
+class MemoryNodes:
+    """Digests on the heap: for tests, and for disks that live in memory."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, int], Digests] = {}
+
+    def read(self, level: int, block: int) -> Digests:
+        found = self._blocks.get((level, block))
+        return np.zeros((FAN_OUT, DIGEST_BYTES), np.uint8) if found is None else found.copy()
+
+    def write(self, level: int, block: int, digests: Digests) -> None:
+        if digests.any():
+            self._blocks[level, block] = digests.copy()
+        else:
+            self._blocks.pop((level, block), None)
+
+    def clear(self, level: int, first_block: int) -> None:
+        for key in [k for k in self._blocks if k[0] == level and k[1] >= first_block]:
+            del self._blocks[key]
+
+
+class FileNodes:
+    """Digests in a sparse file with the layout above. The caller syncs and closes the file."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    def read(self, level: int, block: int) -> Digests:
+        digests = np.zeros((FAN_OUT, DIGEST_BYTES), np.uint8)
+        self._file.read_into(_OFFSETS[level] + block * BLOCK_BYTES, digests.data)
+        return digests
+
+    def write(self, level: int, block: int, digests: Digests) -> None:
+        offset = _OFFSETS[level] + block * BLOCK_BYTES
+        if digests.any():
+            self._file.write(offset, digests.data)
+        else:
+            self._file.zero(offset, BLOCK_BYTES)
+
+    def clear(self, level: int, first_block: int) -> None:
+        start = _OFFSETS[level] + first_block * BLOCK_BYTES
+        stop = _OFFSETS[level - 1] if level else self._file.size()
+        self._file.zero(start, stop - start)
+
+
+class MerkleTree:
+    """The tree of one disk. Reading is thread-safe where `nodes` is; one update at a time."""
+
+    def __init__(self, nodes: Nodes, leaf_bytes: int = LEAF_BYTES) -> None:
+        self._nodes = nodes
+        self.leaf_bytes = leaf_bytes
+
+    def root(self, size_bytes: int) -> bytes:
+        """The root of the tree as it is stored, for a disk of that size (32 bytes)."""
+        return root_of(self._nodes.read(DEPTH, 0)[0].tobytes(), size_bytes, self.leaf_bytes)
+
+    def leaves(self, first: int, count: int) -> Digests:
+        """The digests of `count` leaves from `first` on; beyond the disk's end they are zero."""
+        return self.level(0, first, count)
+
+    def level(self, level: int, first: int, count: int) -> Digests:
+        """`count` digests of a level (0 leaves, 4 the top) from index `first` on. Raises ValueError."""
+        if not 0 <= level <= DEPTH or first < 0 or count < 0 or first + count > FAN_OUT ** (DEPTH - level):
+            raise ValueError(f"level {level} of a tree has no digests {first} to {first + count}")
+        digests = np.empty((count, DIGEST_BYTES), np.uint8)
+        done = 0
+        while done < count:
+            block, start = divmod(first + done, FAN_OUT)
+            part = min(FAN_OUT - start, count - done)
+            digests[done : done + part] = self._nodes.read(level, block)[start : start + part]
+            done += part
+        return digests
+
+    def update(self, write: bool) -> TreeUpdate:
+        """Begin a change; without `write` it only computes and the stored tree stays as it is."""
+        return TreeUpdate(self._nodes, self.leaf_bytes, write)
+
+
+class TreeUpdate:
+    """One streaming change: `put` ascending leaves, perhaps `truncate`, then `root`. For one thread.
+
+    Per level the block that the stream is in is open; it is closed (stored, hashed,
+    its digest put one level up) when the stream leaves it. As leaves ascend, so do
+    the nodes above them, hence no block is opened twice. Misuse raises ValueError.
+    """
+
+    def __init__(self, nodes: Nodes, leaf_bytes: int, write: bool) -> None:
+        self._nodes = nodes
+        self._leaf_bytes = leaf_bytes
+        self._write = write
+        self._open: list[tuple[int, Digests] | None] = [None] * DEPTH
+        self._top: bytes | None = None
+        self._next = 0
+        """The smallest leaf that may be put; past the end once no more may be."""
+
+    def put(self, first_leaf: int, digests: Digests) -> None:
+        """Set consecutive leaves; they must lie behind every leaf put before."""
+        count = len(digests)
+        if digests.shape != (count, DIGEST_BYTES) or digests.dtype != np.uint8:
+            raise ValueError(f"leaf digests have the shape {digests.shape} of {digests.dtype}")
+        if first_leaf < self._next or first_leaf + count > MAX_LEAVES:
+            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} do not follow leaf {self._next}")
+        self._next = first_leaf + count
+        done = 0
+        while done < count:
+            block, start = divmod(first_leaf + done, FAN_OUT)
+            part = min(FAN_OUT - start, count - done)
+            target = self._block(0, block, fresh=part == FAN_OUT)
+            target[start : start + part] = digests[done : done + part]
+            done += part
+
+    def truncate(self, count_leaves: int) -> None:
+        """Make every leaf from `count_leaves` on zero; nothing can be put after it.
+
+        The cost is one block per level: what lies behind the cut is cleared level by
+        level, without looking for what is there (after a crash in the middle, a
+        node's zero would not prove that its children are).
+        """
+        if count_leaves < self._next:
+            raise ValueError(f"a cut at leaf {count_leaves} after leaf {self._next - 1} was put")
+        self._next = MAX_LEAVES + 1
+        cut = count_leaves
+        for level in range(DEPTH):
+            if cut >= FAN_OUT ** (DEPTH - level):
+                break
+            block, keep = divmod(cut, FAN_OUT)
+            self._block(level, block)[keep:] = 0
+            self._close(level)
+            if self._write:
+                self._nodes.clear(level, block + 1)
+            cut = block + 1
+
+    def root(self, size_bytes: int) -> bytes:
+        """Finish: the root of the resulting tree for a disk of that size. With `write` the tree is stored now."""
+        self._next = MAX_LEAVES + 1
+        for level in range(DEPTH):
+            self._close(level)
+        if self._top is None:
+            self._top = self._nodes.read(DEPTH, 0)[0].tobytes()
+        return root_of(self._top, size_bytes, self._leaf_bytes)
+
+    def _block(self, level: int, block: int, *, fresh: bool = False) -> Digests:
+        """The open block of a level, moved on to `block`; `fresh`: all of it is about to be set."""
+        current = self._open[level]
+        if current is not None and current[0] == block:
+            return current[1]
+        self._close(level)
+        digests = np.zeros((FAN_OUT, DIGEST_BYTES), np.uint8) if fresh else self._nodes.read(level, block)
+        self._open[level] = (block, digests)
+        return digests
+
+    def _close(self, level: int) -> None:
+        """Leave the open block of a level, if there is one."""
+        current, self._open[level] = self._open[level], None
+        if current is None:
+            return
+        block, digests = current
+        if self._write:
+            self._nodes.write(level, block, digests)
+        digest = _native.hash_node(digests, level + 1)
+        if level + 1 < DEPTH:
+            self._block(level + 1, block // FAN_OUT)[block % FAN_OUT] = np.frombuffer(digest, np.uint8)
+            return
+        self._top = digest
+        if self._write:
+            top = np.zeros((FAN_OUT, DIGEST_BYTES), np.uint8)
+            top[0] = np.frombuffer(digest, np.uint8)
+            self._nodes.write(DEPTH, 0, top)
