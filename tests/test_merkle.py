@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replica.durable import FileSystem
+from replica.durable import File, FileSystem
 from replica.merkle import (
     BLOCK_BYTES,
     FAN_OUT,
@@ -64,7 +64,7 @@ def put(tree: MerkleTree, leaves: Leaves, *, write: bool = True, cut: int | None
 
 @pytest.fixture(params=["memory", "file"])
 def make_nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Nodes]]:
-    files = []
+    files: list[File] = []
 
     def make() -> Nodes:
         if request.param == "memory":
