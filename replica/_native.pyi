@@ -20,6 +20,18 @@ from typing_extensions import Buffer
 
 _Memory = Buffer | npt.NDArray[Any]
 
+__all__ = [
+    "__version__",
+    "decode_extents",
+    "encode_extents",
+    "gather",
+    "hash_leaves",
+    "hash_node",
+    "overlay",
+    "scan",
+    "zeros",
+]
+
 __version__: str
 
 def scan(

@@ -1,0 +1,22 @@
+"""What all tests share: the file system, and how hard hypothesis tries.
+
+`HYPOTHESIS_PROFILE=deep make test` looks a hundred times longer for a counterexample.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from replica.durable import FileSystem
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("deep", deadline=None, print_blob=True, max_examples=10_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def fs() -> FileSystem:
+    return FileSystem()
