@@ -8,10 +8,10 @@ The format is what the caller says, else what the file's name says; never what
 the content looks like, because a guest writes the content.
 """
 
-from replica.images.flat import FlatFormat, FlatImage
-from replica.images.image import Image
+from replica.images.flat import EXTENSIONS, FlatFormat, FlatImage
 from replica.images.formats import FORMATS, format_of, open
+from replica.images.image import Image
 from replica.images.raw import RawImage
 from replica.images.vhd import VhdImage
 
-__all__ = ["FORMATS", "FlatFormat", "FlatImage", "Image", "RawImage", "VhdImage", "format_of", "open"]
+__all__ = ["EXTENSIONS", "FORMATS", "FlatFormat", "FlatImage", "Image", "RawImage", "VhdImage", "format_of", "open"]

@@ -123,12 +123,15 @@ class FlatImage:
     def resize(self, size_bytes: int) -> None:
         """Set the disk's size; all bytes from min(old, new) on read as zeros, the old footer's place included.
 
-        Repeating it after a crash in the middle gives the same file.
+        Repeating it after a failure or a crash in the middle gives the same file.
         """
         _check_size(self.path, self.format, size_bytes)
-        kept = min(size_bytes, self.size_bytes)
-        self.size_bytes = size_bytes
-        self._lay_out(kept)
+        before, self.size_bytes = self.size_bytes, size_bytes
+        try:
+            self._lay_out(min(before, size_bytes))
+        except BaseException:
+            self.size_bytes = before
+            raise
 
     def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of what is no hole in [start, stop), as `File.data_runs` has it."""

@@ -9,13 +9,23 @@ from replica.durable import FileSystem
 from replica.errors import ImageError
 from replica.images.image import Image
 from replica.images.raw import RawImage
+from replica.images.source import image_errors
 from replica.images.vhd import VhdImage
 
 FORMATS: dict[str, Callable[[FileSystem, Path], Image]] = {"raw": RawImage.open, "vhd": VhdImage.open}
 """The words of `format =`, and what opens such an image."""
 
 _EXTENSIONS = {".raw": "raw", ".img": "raw", ".vhd": "vhd"}
-_UNSUPPORTED = {".vhdx", ".avhd", ".avhdx", ".qcow2", ".vmdk", ".vdi"}
+_MERGE = "merge it with its parents in the hypervisor (delete the snapshot) and name the whole disk"
+_CONVERT = 'convert it to a VHD ("qemu-img convert -O vpc -o force_size=on ...") while the machine is off'
+_UNSUPPORTED = {
+    ".avhd": _MERGE,
+    ".avhdx": _MERGE,
+    ".vhdx": _CONVERT,
+    ".qcow2": _CONVERT,
+    ".vmdk": _CONVERT,
+    ".vdi": _CONVERT,
+}
 _CHOICE = " or ".join(f'format = "{name}"' for name in FORMATS)
 
 
@@ -29,14 +39,12 @@ def format_of(path: Path, format: str | None = None) -> str:
         if format not in FORMATS:
             raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"set {_CHOICE}")
         return format
-    if path.is_block_device():
-        return "raw"
+    with image_errors(path):
+        if path.is_block_device():
+            return "raw"
     extension = path.suffix.lower()
     if extension in _UNSUPPORTED:
-        raise ImageError(
-            f"image {path}: {extension} images are not supported yet",
-            hint=f'convert it ("qemu-img convert -O vpc -o force_size=on {path.name} {path.stem}.vhd")',
-        )
+        raise ImageError(f"image {path}: {extension} images are not supported yet", hint=_UNSUPPORTED[extension])
     if extension not in _EXTENSIONS:
         raise ImageError(f"image {path}: its name does not say its format", hint=f"set {_CHOICE} for this disk")
     return _EXTENSIONS[extension]

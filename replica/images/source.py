@@ -46,12 +46,12 @@ class Source:
 
         The kind is looked at first: opening a named pipe would wait for ever.
         """
-        with _image_errors(path):
-            mode = _mode(path)
+        with image_errors(path):
+            mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
             raise ImageError(f"image {path} is {kind}", hint="name the disk image itself")
-        with _image_errors(path):
+        with image_errors(path):
             file = fs.open(path)
             try:
                 device = stat.S_ISBLK(os.fstat(file.fileno()).st_mode)
@@ -67,7 +67,7 @@ class Source:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill all of `buffer`, or ImageError (also when the file ends before)."""
         wanted = memoryview(buffer).nbytes
-        with _image_errors(self.path):
+        with image_errors(self.path):
             count = self._file.read_into(offset, buffer)
         if count != wanted:
             raise ImageError(
@@ -136,12 +136,8 @@ class DataCursor:
                 self._data = (start, max(start + 1, self._source.next_hole(start)))
 
 
-def _mode(path: Path) -> int:
-    return path.stat().st_mode
-
-
 @contextmanager
-def _image_errors(path: Path) -> Iterator[None]:
+def image_errors(path: Path) -> Iterator[None]:
     """The source belongs to the user, not to the engine's storage: its failures are ImageErrors."""
     try:
         yield

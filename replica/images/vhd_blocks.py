@@ -18,6 +18,7 @@ Memory: at most `MAX_BLOCKS` entries of five bytes, and the cache.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -33,8 +34,10 @@ from replica.model import SECTOR_BYTES
 if TYPE_CHECKING:
     from replica.images.image import Bytes
 
-MAX_BLOCKS: Final = 1 << 23
-"""Most blocks of a disk. 2 MiB blocks need 2^20 for the largest VHD there can be."""
+    Table = np.ndarray[tuple[int], np.dtype[np.uint32]]
+
+MAX_BLOCKS: Final = 1 << 22
+"""Most blocks of a disk. The largest VHD has 2^20 blocks of the usual 2 MiB, and fewer than 2^22 of 512 KiB."""
 MIN_BLOCK_BYTES: Final = SECTOR_BYTES
 MAX_BLOCK_BYTES: Final = 256 << 20
 _CACHED_BITMAP_BYTES: Final = 8 << 20
@@ -137,7 +140,7 @@ def _block_bytes(source: Source, header: DynamicHeader) -> int:
     return size
 
 
-def _table(source: Source, header: DynamicHeader, size_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+def _table(source: Source, header: DynamicHeader, size_bytes: int) -> Table:
     """The table's entries for the disk's size, bounded before anything is allocated."""
     count = -(-size_bytes // header.block_bytes)
     if count > MAX_BLOCKS:
@@ -148,29 +151,31 @@ def _table(source: Source, header: DynamicHeader, size_bytes: int) -> np.ndarray
     if header.table_offset + 4 * header.max_table_entries > source.size_bytes:
         problem = f"its table ({header.max_table_entries} entries at {header.table_offset}) is not inside the file"
         raise damaged(source, problem)
-    return np.frombuffer(source.read(header.table_offset, 4 * count), dtype=">u4").astype(np.uint32)
+    table: Table = np.empty(count, dtype=np.uint32)
+    source.read_into(header.table_offset, table.data)
+    return table.byteswap(inplace=True) if sys.byteorder == "little" else table
 
 
-def _check_places(
-    source: Source,
-    table: np.ndarray[tuple[int], np.dtype[np.uint32]],
-    span: int,
-    reserved: list[tuple[int, int]],
-    stop: int,
-) -> None:
-    """Every allocated block lies inside the file, beside the structures, and on no other block."""
-    starts = np.sort(table[table != NO_BLOCK]).astype(np.int64) * SECTOR_BYTES
+def _check_places(source: Source, table: Table, span: int, reserved: list[tuple[int, int]], stop: int) -> None:
+    """Every allocated block (of `span` bytes) lies inside the file, beside the structures, and on no other block.
+
+    In sectors, as the table has them: the arrays stay as small as it is.
+    """
+    starts = table[table != NO_BLOCK]
+    starts.sort()
     if not len(starts):
         return
-    if int(starts[-1]) + span > stop:
-        raise damaged(source, f"a block at byte {int(starts[-1])} reaches beyond the end of the file's data at {stop}")
+    last = int(starts[-1]) * SECTOR_BYTES
+    if last + span > stop:
+        raise damaged(source, f"a block at byte {last} reaches beyond the end of the file's data at {stop}")
     for begin, end in reserved:
-        inside = starts[(starts < end) & (starts + span > begin)]
-        if len(inside):
-            raise damaged(source, f"a block at byte {int(inside[0])} lies on the headers or the table")
-    crowded = np.flatnonzero(np.diff(starts) < span)
+        before_end = int(np.searchsorted(starts, -(-end // SECTOR_BYTES)))
+        nearest = int(starts[before_end - 1]) * SECTOR_BYTES if before_end else -span
+        if nearest + span > begin:
+            raise damaged(source, f"a block at byte {nearest} lies on the headers or the table")
+    crowded = np.flatnonzero(np.diff(starts) < span // SECTOR_BYTES)
     if len(crowded):
-        where = starts[crowded[0] : crowded[0] + 2].tolist()
+        where = (starts[crowded[0] : crowded[0] + 2].astype(np.int64) * SECTOR_BYTES).tolist()
         raise damaged(source, f"the blocks at bytes {where[0]} and {where[1]} overlap")
 
 
