@@ -1,0 +1,256 @@
+"""The two configuration files, read into the specs that sender and receiver are built from.
+
+`sender.toml` becomes a `SenderSpec`, `receiver.toml` a `SiteSpec`. Reading is
+strict: an unknown key, a duplicate name, a storage nobody declared and an odd
+duration are refused with file and line, since a policy that was misspelt and
+silently ignored is found out on the day of the disaster. Relative paths are
+relative to the file they stand in. Every key is explained in
+docs/OPERATIONS.md.
+
+Certificates are *not* looked at here: restoring a point must work when they
+are gone. What talks TLS opens them and names what is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from replica import toml
+from replica.errors import ConfigError
+from replica.model import Consistency, check_name
+from replica.toml import Source
+
+if TYPE_CHECKING:
+    from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
+    from replica.receiver.spec import SiteSpec
+    from replica.transport.tls import TlsFiles
+
+DEFAULT_KEEP_LAST = 24
+DEFAULT_FREEZE_LIMIT = "30s"
+
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class TlsTable(msgspec.Struct, frozen=True):
+    """`[tls]`: the site's authority, and this side's certificate and key."""
+
+    ca: Text
+    cert: Text
+    key: Text
+
+
+class StorageTable(msgspec.Struct, frozen=True):
+    """`[[storage]]`: a directory that replicas live in, and the format of their heads."""
+
+    name: Text
+    path: Text
+    head: Literal["raw", "vhd"] = "raw"
+
+
+class AllowTable(msgspec.Struct, frozen=True):
+    """`[[allow]]`: which certificate identities may replicate, and into which storage."""
+
+    primary: Text
+    storage: Text
+    trust_group: Text = "default"
+
+
+class RetentionTable(msgspec.Struct, frozen=True):
+    """`[retention]`: how many points every replica keeps."""
+
+    keep_last: Annotated[int, Meta(ge=1, le=100_000)] = DEFAULT_KEEP_LAST
+
+
+class ReceiverFile(msgspec.Struct, frozen=True):
+    """`receiver.toml` as it is written."""
+
+    listen: Text
+    tls: TlsTable
+    storage: tuple[StorageTable, ...]
+    allow: tuple[AllowTable, ...] = ()
+    retention: RetentionTable = RetentionTable()
+
+
+class DiskTable(msgspec.Struct, frozen=True):
+    """`[[machine.disk]]`: one disk and the image that holds it."""
+
+    name: Text
+    image: Text
+    format: Literal["raw", "vhd"] | None = None
+
+
+class MachineTable(msgspec.Struct, frozen=True):
+    """`[[machine]]`: disks that must be recovered to the same instant, where to and how often."""
+
+    name: Text
+    to: Text
+    disk: tuple[DiskTable, ...]
+    every: Text = "5min"
+    freeze: Text | list[Text] | None = None
+    thaw: Text | list[Text] | None = None
+    freeze_limit: Text = DEFAULT_FREEZE_LIMIT
+    consistency: Consistency = Consistency.CRASH
+
+
+class SenderFile(msgspec.Struct, frozen=True):
+    """`sender.toml` as it is written."""
+
+    name: Text
+    state: Text
+    tls: TlsTable
+    machine: tuple[MachineTable, ...]
+    keys: Text = "keys/"
+    parallel: Annotated[int, Meta(ge=1, le=64)] = 4
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in `30s`, `5min`, `1h`, `1h30min`, `1.5h`. Raises ValueError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", text)
+    if not parts or "".join(n + u for n, u in parts) != "".join(text.split()):
+        raise ValueError(f"{text!r} is no duration; write a number and a unit, such as 30s, 5min or 1h")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:8443`, `[::]:8443` or `:8443` (every address). Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and host[0] != "["):
+        raise ValueError(f"{text!r} is no address to listen on; write host:port, such as 0.0.0.0:8443")
+    return host.strip("[]"), int(port)
+
+
+def kind_of(path: Path) -> Literal["sender", "receiver"]:
+    """Which of the two files this is, judged by what it says and not by its name."""
+    table = toml.Source(path).table
+    sender = len(table.keys() & {"name", "state", "machine", "keys"})
+    receiver = len(table.keys() & {"listen", "storage", "allow", "retention"})
+    if sender == receiver:
+        raise ConfigError(
+            f"{path} is neither a sender's nor a receiver's configuration",
+            hint="a sender has `state` and [[machine]], a receiver has `listen` and [[storage]]",
+        )
+    return "sender" if sender > receiver else "receiver"
+
+
+def _read_as(path: Path, kind: Literal["sender", "receiver"]) -> None:
+    if kind_of(path) != kind:
+        other = "receiver" if kind == "sender" else "sender"
+        raise ConfigError(f"{path} is a {other}'s configuration", hint=f"give the {kind}'s with -c")
+
+
+def load_receiver(path: Path) -> SiteSpec:
+    """`receiver.toml` as a SiteSpec. Raises ConfigError with file and line."""
+    from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
+
+    _read_as(path, "receiver")
+    source, file = toml.read(path, ReceiverFile)
+    try:
+        host, port = parse_listen(file.listen)
+    except ValueError as error:
+        source.fail(("listen",), str(error))
+    _unique(source, "storage", [storage.name for storage in file.storage], ("storage",))
+    if not file.storage:
+        source.fail((), "no [[storage]] is declared", "add one with a name and a path")
+    storages = {s.name: StorageSpec(name=s.name, path=_path(path, s.path), head=s.head) for s in file.storage}
+    for number, entry in enumerate(file.allow):
+        if entry.storage not in storages:
+            hint = f"declared are: {', '.join(storages)}"
+            source.fail(("allow", number, "storage"), f"storage {entry.storage!r} is not declared", hint)
+    allow = [AllowSpec(primary=a.primary, storage=a.storage, trust_group=a.trust_group) for a in file.allow]
+    return SiteSpec(
+        listen_host=host,
+        listen_port=port,
+        tls=_tls(path, file.tls),
+        storages=storages,
+        allow=allow,
+        keep_last=file.retention.keep_last,
+    )
+
+
+def load_sender(path: Path) -> SenderSpec:
+    """`sender.toml` as a SenderSpec. Raises ConfigError with file and line."""
+    from replica.primary.spec import SenderSpec
+
+    _read_as(path, "sender")
+    source, file = toml.read(path, SenderFile)
+    _unique(source, "machine", [machine.name for machine in file.machine], ("machine",))
+    if not file.machine:
+        source.fail((), "no [[machine]] is declared", "add one with a name, `to` and a [[machine.disk]]")
+    return SenderSpec(
+        name=file.name,
+        state=_path(path, file.state),
+        keys=_path(path, file.keys),
+        tls=_tls(path, file.tls),
+        machines=tuple(_machine(source, m, ("machine", n)) for n, m in enumerate(file.machine)),
+        parallel=file.parallel,
+    )
+
+
+def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineSpec:
+    from replica.primary.spec import MachineSpec
+
+    if not table.disk:
+        source.fail(place, f"machine {table.name!r} has no disk", "add a [[machine.disk]] with a name and an image")
+    _unique(source, "machine.disk", [disk.name for disk in table.disk], (*place, "disk"))
+    if (table.freeze is None) != (table.thaw is None):
+        source.fail(place, f"machine {table.name!r} has only one of `freeze` and `thaw`", "give both or neither")
+    url = urlsplit(table.to)
+    if url.scheme != "https" or not url.hostname or url.path not in ("", "/") or url.query or url.username:
+        source.fail((*place, "to"), f"{table.to!r} is no receiver's address", "write https://host:port")
+    seconds = {}
+    for key, text in (("every", table.every), ("freeze_limit", table.freeze_limit)):
+        try:
+            seconds[key] = parse_duration(text)
+        except ValueError as error:
+            source.fail((*place, key), f"`{key}`: {error}")
+        if not 1 <= seconds[key] <= 366 * 86400:
+            source.fail((*place, key), f"`{key}` = {text!r} is out of range", "1s to 366d are allowed")
+    try:
+        check_name(table.name, "machine name")
+        return MachineSpec(
+            name=table.name,
+            to=table.to.rstrip("/"),
+            every_seconds=seconds["every"],
+            disks=tuple(_disk(source, d, (*place, "disk", n)) for n, d in enumerate(table.disk)),
+            freeze=table.freeze,
+            thaw=table.thaw,
+            freeze_limit_seconds=seconds["freeze_limit"],
+            consistency=table.consistency,
+        )
+    except ValueError as error:
+        source.fail((*place, "name"), str(error))
+
+
+def _disk(source: Source, table: DiskTable, place: toml.Place) -> DiskSpec:
+    from replica.primary.spec import DiskSpec
+
+    try:
+        check_name(table.name, "disk name")
+    except ValueError as error:
+        source.fail((*place, "name"), str(error))
+    return DiskSpec(name=table.name, image=_path(source.path, table.image), format=table.format)
+
+
+def _tls(path: Path, table: TlsTable) -> TlsFiles:
+    from replica.transport.tls import TlsFiles
+
+    return TlsFiles(ca=_path(path, table.ca), cert=_path(path, table.cert), key=_path(path, table.key))
+
+
+def _path(file: Path, text: str) -> Path:
+    """A path of the configuration, absolute; relative ones start at the file."""
+    return file.absolute().parent / text
+
+
+def _unique(source: Source, what: str, names: list[str], place: toml.Place) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            source.fail((*place, number), f"two of [[{what}]] are named {name!r}", "names are unique")

@@ -1,0 +1,233 @@
+"""The configuration files: the documented ones load, and every mistake is named with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen
+from replica.errors import ConfigError
+from replica.model import Consistency
+
+RECEIVER = """\
+listen = "127.0.0.1:8443"
+[tls]
+ca = "pki/ca.crt"
+cert = "pki/dr-1.crt"
+key = "pki/dr-1.key"
+[[storage]]
+name = "tier1"
+path = "replicas/"
+[[allow]]
+primary = "hv-*"
+storage = "tier1"
+trust_group = "prod"
+[retention]
+keep_last = 24
+"""
+
+SENDER = """\
+name = "hv-1"
+state = "state/"
+[tls]
+ca = "pki/ca.crt"
+cert = "pki/hv-1.crt"
+key = "pki/hv-1.key"
+[[machine]]
+name = "web-1"
+to = "https://localhost:8443"
+every = "30s"
+[[machine.disk]]
+name = "os"
+image = "web-1.vhd"
+"""
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def sender_error(tmp_path: Path, text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_sender(write(tmp_path, "sender.toml", text))
+    return caught.value
+
+
+def receiver_error(tmp_path: Path, text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_receiver(write(tmp_path, "receiver.toml", text))
+    return caught.value
+
+
+def test_the_documented_receiver(tmp_path: Path) -> None:
+    spec = load_receiver(write(tmp_path, "receiver.toml", RECEIVER))
+    assert (spec.listen_host, spec.listen_port, spec.keep_last) == ("127.0.0.1", 8443, 24)
+    assert spec.tls.ca == tmp_path / "pki/ca.crt"
+    assert spec.tls.key == tmp_path / "pki/dr-1.key"
+    storage = spec.storages["tier1"]
+    assert (storage.name, storage.path, storage.head) == ("tier1", tmp_path / "replicas", "raw")
+    assert [(a.primary, a.storage, a.trust_group) for a in spec.allow] == [("hv-*", "tier1", "prod")]
+
+
+def test_the_documented_sender(tmp_path: Path) -> None:
+    spec = load_sender(write(tmp_path, "sender.toml", SENDER))
+    assert (spec.name, spec.state, spec.keys) == ("hv-1", tmp_path / "state", tmp_path / "keys")
+    assert spec.tls.cert == tmp_path / "pki/hv-1.crt"
+    (machine,) = spec.machines
+    assert (machine.name, machine.to, machine.every_seconds) == ("web-1", "https://localhost:8443", 30)
+    assert machine.freeze is None
+    assert machine.consistency is Consistency.CRASH
+    (disk,) = machine.disks
+    assert (disk.name, disk.image, disk.format) == ("os", tmp_path / "web-1.vhd", None)
+
+
+def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
+    text = (
+        SENDER.replace('state = "state/"', 'state = "/var/lib/replica"\nkeys = "secret/"\nparallel = 2')
+        .replace(
+            'every = "30s"',
+            'every = "1h30min"\nfreeze = ["fsfreeze", "-f", "/srv"]\nthaw = "fsfreeze -u /srv"\n'
+            'freeze_limit = "10s"\nconsistency = "application-consistent"',
+        )
+        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"')
+    )
+    spec = load_sender(write(tmp_path, "sender.toml", text))
+    assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)
+    (machine,) = spec.machines
+    assert machine.freeze == ["fsfreeze", "-f", "/srv"]
+    assert machine.thaw == "fsfreeze -u /srv"
+    assert (machine.every_seconds, machine.freeze_limit_seconds) == (5400, 10)
+    assert machine.consistency is Consistency.APPLICATION
+    assert (machine.disks[0].image, machine.disks[0].format) == (Path("/images/web-1.bin"), "raw")
+
+
+def test_defaults_of_a_receiver(tmp_path: Path) -> None:
+    text = RECEIVER.replace("[retention]\nkeep_last = 24\n", "").replace('trust_group = "prod"\n', "")
+    spec = load_receiver(write(tmp_path, "receiver.toml", text.replace('path = "replicas/"', 'path = "r"\nhead="vhd"')))
+    assert spec.keep_last == 24
+    assert spec.storages["tier1"].head == "vhd"
+    assert spec.allow[0].trust_group == "default"
+
+
+def test_the_two_are_told_apart_by_content(tmp_path: Path) -> None:
+    assert kind_of(write(tmp_path, "a.toml", SENDER)) == "sender"
+    assert kind_of(write(tmp_path, "b.toml", RECEIVER)) == "receiver"
+    with pytest.raises(ConfigError, match="neither"):
+        kind_of(write(tmp_path, "c.toml", "[tls]\n"))
+
+
+def test_the_wrong_one_is_named(tmp_path: Path) -> None:
+    error = receiver_error(tmp_path, SENDER)
+    assert "is a sender's configuration" in error.message
+    assert "receiver" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ('every = "30s"', 'evry = "30s"', 10, ["evry", "`every`"]),
+        ('key = "pki/hv-1.key"', 'keyfile = "x"', 6, ["tls.keyfile", "`key`"]),
+        ('image = "web-1.vhd"', 'image = "web-1.vhd"\nsize = 3', 14, ["machine.disk.size", "known keys"]),
+        ('image = "web-1.vhd"', "image = 3", 13, ["machine.disk.image", "Expected str"]),
+        ('image = "web-1.vhd"', "", 11, ["`image` is missing", "machine.disk"]),
+        ('image = "web-1.vhd"', 'image = "a"\nformat = "qcow2"', 14, ["machine.disk.format", "qcow2"]),
+        ('name = "os"', 'name = "os/1"', 12, ["'os/1'", "letters"]),
+        ('name = "web-1"', 'name = ".web"', 8, ["'.web'"]),
+        ('every = "30s"', 'every = "30"', 10, ["`every`", "'30'", "5min"]),
+        ('every = "30s"', 'every = "0s"', 10, ["out of range"]),
+        ('every = "30s"', 'every = "30s"\nfreeze = "x"', 7, ["only one of `freeze` and `thaw`"]),
+        ('every = "30s"', 'every = "30s"\nconsistency = "good"', 11, ["consistency", "good"]),
+        ("https://localhost:8443", "http://localhost:8443", 9, ["https://host:port"]),
+        ("https://localhost:8443", "localhost:8443", 9, ["https://host:port"]),
+        ('name = "hv-1"\n', "", None, ["`name` is missing"]),
+        ('state = "state/"', "state = [", 3, ["broken TOML"]),
+        ("[[machine.disk]]", "[machine.disk]", 11, ["machine.disk", "[[machine.disk]]"]),
+        ('[[machine.disk]]\nname = "os"\nimage = "web-1.vhd"\n', "disk = []", 7, ["'web-1' has no disk"]),
+    ],
+)
+def test_a_mistake_in_a_sender_is_named(tmp_path: Path, old: str, new: str, line: int | None, words: list[str]) -> None:
+    assert old in SENDER
+    error = sender_error(tmp_path, SENDER.replace(old, new, 1))
+    place = f"sender.toml:{line}: " if line else "sender.toml: "
+    assert place in str(error)
+    for word in words:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("127.0.0.1:8443", "8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", "127.0.0.1:99999", 1, ["host:port"]),
+        ("keep_last = 24", "keep_last = 0", 14, ["retention.keep_last", ">= 1"]),
+        ("keep_last = 24", 'keep_last = "24"', 14, ["retention.keep_last", "int"]),
+        ("keep_last", "keep_lst", 14, ["`keep_last`"]),
+        ('storage = "tier1"', 'storage = "tier2"', 11, ["'tier2' is not declared", "tier1"]),
+        ('path = "replicas/"', 'path = "replicas/"\nhead = "vhdx"', 9, ["storage.head", "vhdx"]),
+        ("[retention]", '[[storage]]\nname = "tier1"\npath = "x"\n[retention]', 13, ["two of [[storage]]", "'tier1'"]),
+    ],
+)
+def test_a_mistake_in_a_receiver_is_named(tmp_path: Path, old: str, new: str, line: int, words: list[str]) -> None:
+    assert old in RECEIVER
+    error = receiver_error(tmp_path, RECEIVER.replace(old, new, 1))
+    assert f"receiver.toml:{line}: " in str(error)
+    for word in words:
+        assert word in str(error)
+
+
+def test_names_are_unique(tmp_path: Path) -> None:
+    machine = SENDER[SENDER.index("[[machine]]") :]
+    assert "two of [[machine]] are named 'web-1'" in str(sender_error(tmp_path, SENDER + machine))
+    disk = SENDER[SENDER.index("[[machine.disk]]") :]
+    error = sender_error(tmp_path, SENDER + disk)
+    assert "two of [[machine.disk]] are named 'os'" in str(error)
+    assert "sender.toml:14: " in str(error)
+
+
+def test_two_machines_may_have_disks_of_one_name(tmp_path: Path) -> None:
+    second = SENDER[SENDER.index("[[machine]]") :].replace("web-1", "web-2")
+    spec = load_sender(write(tmp_path, "sender.toml", SENDER + second))
+    assert [(m.name, m.disks[0].name) for m in spec.machines] == [("web-1", "os"), ("web-2", "os")]
+
+
+def test_lines_of_the_second_machine(tmp_path: Path) -> None:
+    second = SENDER[SENDER.index("[[machine]]") :].replace("web-1", "web-2").replace("image", "imge")
+    assert "sender.toml:20: unknown key `machine.disk.imge`" in str(sender_error(tmp_path, SENDER + second))
+
+
+def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*nowhere\.toml"):
+        load_sender(tmp_path / "nowhere.toml")
+    (tmp_path / "b.toml").write_bytes(b'name = "x"\nstate = "\xff"\n')
+    with pytest.raises(ConfigError, match=r"b\.toml:2: not UTF-8"):
+        load_sender(tmp_path / "b.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("5min", 300), ("1h", 3600), ("1h30min", 5400), ("0.5h", 1800), ("2 d", 172800)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "s", "30x", "-5s", "5m", "1h and more", "30s!"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="no duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("127.0.0.1:8443", ("127.0.0.1", 8443)), ("[::1]:443", ("::1", 443)), (":8443", ("", 8443)), ("dr:0", ("dr", 0))],
+)
+def test_addresses_to_listen_on(text: str, expected: tuple[str, int]) -> None:
+    assert parse_listen(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8443", "::1:8443", "dr:", "dr:x", "dr:65536"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="no address"):
+        parse_listen(text)
