@@ -1,0 +1,105 @@
+"""The group of commands, and what happens to an error on its way out.
+
+Standard output carries results only. With `--json` it carries exactly one JSON
+document: the result, or `{"error": …}`. Standard error carries one line per
+error, `replica: <what happened to which thing>; <what to do>`, and the exit
+code says the class of the error (docs/OPERATIONS.md). A traceback is shown
+with `--debug` only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+import click
+
+from replica import __version__
+from replica.cli import pki, points, restore, serve, status, sync, verify
+from replica.cli.output import complain
+from replica.errors import ReplicaError
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes and every setting: docs/OPERATIONS.md.",
+)
+@click.version_option(__version__, prog_name="replica", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Disaster-recovery replication of virtual machine disks.
+
+    \b
+    Set up, once:
+      replica pki init pki/                              a private certificate authority
+      replica pki issue pki/ dr-1 --host dr-1.example    a certificate for the replica site
+      replica pki issue pki/ hv-1                        a certificate for the primary
+    At the replica site:
+      replica serve -c receiver.toml                     take what primaries send
+      replica points web-1 -c receiver.toml              which points can be restored
+      replica restore web-1 --to out/ -c receiver.toml   the newest point as image files
+    At the primary site:
+      replica sync web-1 -c sender.toml                  one cycle, now
+      replica run -c sender.toml                         cycles on schedule until stopped
+    """
+
+
+for command in (
+    pki.pki,
+    serve.serve,
+    sync.sync,
+    sync.run,
+    status.status,
+    points.points,
+    restore.restore,
+    verify.verify,
+):
+    cli.add_command(command)
+
+
+def main() -> int:
+    """The process: what nobody raised on purpose becomes one line, and SIGTERM unwinds like Ctrl-C does."""
+    sys.excepthook = _fault
+    signal.signal(signal.SIGTERM, _terminated)
+    return run(sys.argv[1:])
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code. Prints, never raises what a user could cause."""
+    try:
+        code = cli.main(args=arguments, prog_name="replica", standalone_mode=False)
+        sys.stdout.flush()
+    except ReplicaError as error:
+        complain(error)
+        return error.exit_code
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "replica"
+        click.echo(f"replica: {error.format_message()}; see `{path} --help`", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"replica: {error.format_message()}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code if isinstance(code, int) else 0
+
+
+def _fault(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """The last resort: an exception that nobody raised on purpose, as one line. Python exits with 1 after it."""
+    text = str(error).splitlines()[0] if str(error) else "no details"
+    click.echo(f"replica: fault in the engine: {kind.__name__}: {text}; run again with --debug and report it", err=True)
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    """Unwind, so that frozen machines are thawed on the way out."""
+    raise SystemExit(TERMINATED)

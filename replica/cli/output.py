@@ -1,0 +1,72 @@
+"""How results and errors look: one JSON document, plain tables, sizes and times a person reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import msgspec
+
+from replica.errors import ReplicaError
+
+
+def print_json(value: object) -> None:
+    """The one document on standard output, indented, with a newline at its end."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def error_fields(error: ReplicaError) -> dict[str, object]:
+    """An error as `--json` shows it."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "retryable": error.retryable,
+    }
+
+
+def complain(error: ReplicaError, about: str = "") -> None:
+    """One line on standard error; `about` names the thing where the message may not."""
+    text = " ".join(str(error).split())
+    prefix = f"{about}: " if about and not error.message.startswith(about) else ""
+    click.echo(f"replica: {prefix}{text}", err=True)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns padded to their widest cell; the first is aligned left, cells that are numbers right."""
+    cells = [list(headers), *(list(row) for row in rows)]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(headers))]
+    right = [bool(rows) and all(row[n][:1].isdigit() and n > 0 for row in rows) for n in range(len(headers))]
+    for row in cells:
+        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        click.echo("  ".join(parts).rstrip())
+
+
+def size(count_bytes: float) -> str:
+    """`1.5 MiB`; three digits at most before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count_bytes < 1024:
+            return f"{count_bytes:.0f} B" if unit == "B" else f"{count_bytes:.1f} {unit}"
+        count_bytes /= 1024
+    return f"{count_bytes:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `5 min 3 s`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for unit, below, next_unit, step in (("min", 3600, "s", 60), ("h", 86400, "min", 3600)):
+        if whole < 60:
+            return f"{whole} s"
+        if whole < below:
+            rest = whole % step // (step // 60)
+            return f"{whole // step} {unit}" + (f" {rest} {next_unit}" if rest else "")
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def on_terminal() -> bool:
+    """Whether bars may be drawn: they go to standard error."""
+    return sys.stderr.isatty()

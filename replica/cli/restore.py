@@ -1,0 +1,60 @@
+"""`replica restore`: a point as image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from replica.cli.bars import bars
+from replica.cli.command import Command, config_option, json_option
+from replica.cli.output import print_json
+
+
+@click.command(cls=Command)
+@click.argument("machine")
+@click.option("--point", type=click.IntRange(min=1), metavar="N", help="Which point; the newest without it.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Where the files go; the directory is made if missing, existing files are never overwritten.",
+)
+@click.option(
+    "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="Of the files; the head's without it."
+)
+@config_option("receiver.toml")
+@json_option
+def restore(
+    machine: str, point: int | None, target: Path, image_format: str | None, config: Path, as_json: bool
+) -> None:
+    """Write a recovery point of MACHINE into DIR as one image per disk.
+
+    The content is checked against the point's Merkle roots before a file gets
+    its name: what is called DIR/os.raw is the disk as it was. Works whether
+    `serve` runs or not, and replication goes on meanwhile.
+
+    \b
+    Examples:
+      replica restore web-1 --to out/ -c receiver.toml
+      replica restore web-1 --point 3 --format vhd --to out/ -c receiver.toml
+    """
+    from replica.cli.replicas import find_replica
+    from replica.config import load_receiver
+    from replica.durable import FileSystem
+    from replica.store import HeadFormat, restore_point
+
+    fs = FileSystem()
+    reader = find_replica(fs, load_receiver(config), machine)
+    form: HeadFormat = "vhd" if (image_format or reader.identity.head_format) == "vhd" else "raw"
+    with reader.open_point(point) as opened, bars(as_json) as bar:
+        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"))
+        number = opened.state.point
+    if as_json:
+        print_json({"point": number, "files": {name: str(path) for name, path in files.items()}})
+        return
+    click.echo(f"point {number} of {machine} is restored and checked:")
+    for name, path in files.items():
+        click.echo(f"  {name}: {path}")
