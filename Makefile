@@ -38,11 +38,12 @@ $(VENV)/.packages: requirements.lock $(VENV)/.made
 	@$(PYTHON) -m pip install --quiet --require-hashes --requirement requirements.lock
 	@touch $@
 
-# Built into the source tree and installed as an editable package, with the command `replica`. pip may not look
-# anything up here: what pyproject.toml asks for and the lock does not have is an error.
+# Built by maturin into the source tree and installed as an editable package, with the command `replica`. Nothing is
+# looked up here: what pyproject.toml asks for and the lock does not have is an error.
 $(NATIVE): $(NATIVE_SOURCES) pyproject.toml $(VENV)/.packages
 	@echo "building the native core"
-	@PIP_QUIET=1 PIP_NO_INDEX=1 maturin develop --release --locked --quiet
+	@$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@$(PYTHON) -m pip check --quiet
 	@touch $@
 
 test: install
