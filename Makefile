@@ -17,7 +17,9 @@ NATIVE_SOURCES := $(shell find native/src -name '*.rs') native/Cargo.toml native
 PYTEST_ARGS ?=
 
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
-export PATH := $(CURDIR)/$(BIN):$(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+empty :=
+RUST := $(subst $(empty) $(empty),:,$(strip $(HOME)/.cargo/bin $(wildcard /usr/lib/rust-1.*/bin)))
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(RUST):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONHOME PYTHONPATH
 

@@ -6,6 +6,7 @@
 # the exact command is printed: and what the build needs ends the run, what only tests need does not.
 set -euo pipefail
 PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin"
+for versioned in /usr/lib/rust-1.*/bin; do PATH="$PATH:$versioned"; done
 
 rust_wanted=1.85
 
@@ -71,5 +72,5 @@ else
     fi
 fi
 
-version=$(rust_version)
-at_least "${version:-0}" "$rust_wanted" || refuse_rust "$(command -v cargo) is ${version:-not working}"
+version=$(rust_version || true)
+at_least "${version:-0}" "$rust_wanted" || refuse_rust "cargo is ${version:-still missing} here"
