@@ -1,0 +1,75 @@
+"""What a sender is told to do: machines, their disks, where to and how often.
+
+Frozen values without I/O, built by `config` from `sender.toml` or by an
+integration in code. They are wishes; what is true is in the state directory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from replica.model import Consistency, check_name
+from replica.tracking.instant import Command, FreezeSpec
+from replica.transport.tls import TlsFiles
+
+DEFAULT_EVERY_SECONDS = 300.0
+DEFAULT_FREEZE_LIMIT_SECONDS = 30.0
+DEFAULT_PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """One disk of a machine and the image that holds it. `format` None: told by the image's name."""
+
+    name: str
+    image: Path
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "disk name")
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """One machine: disks that are recovered to the same instant, and how that instant is made.
+
+    `freeze` and `thaw` are commands (a list is an argv, a string is run by
+    `sh -c`); see `tracking.instant`. `consistency` is what they achieve and
+    only counts when they are configured.
+    """
+
+    name: str
+    to: str
+    disks: tuple[DiskSpec, ...]
+    every_seconds: float = DEFAULT_EVERY_SECONDS
+    freeze: Command | None = None
+    thaw: Command | None = None
+    freeze_limit_seconds: float = DEFAULT_FREEZE_LIMIT_SECONDS
+    consistency: Consistency = Consistency.CRASH
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "machine name")
+        names = [disk.name for disk in self.disks]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"machine {self.name!r} needs disks with names that differ")
+
+    @property
+    def freezing(self) -> FreezeSpec:
+        return FreezeSpec(self.freeze, self.thaw, self.freeze_limit_seconds, self.consistency)
+
+
+@dataclass(frozen=True)
+class SenderSpec:
+    """One sender: its state and key directories, its certificate, and its machines."""
+
+    name: str
+    state: Path
+    keys: Path
+    tls: TlsFiles
+    machines: tuple[MachineSpec, ...] = field(default=())
+    parallel: int = DEFAULT_PARALLEL
+
+    def machine_directory(self, machine: str) -> Path:
+        """Where that machine's state lives; its key is elsewhere, in `keys`."""
+        return self.state / machine

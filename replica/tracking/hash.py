@@ -1,0 +1,270 @@
+"""The hash tracker: which grains differ from the last committed point, found by reading the image once.
+
+Per disk there is a directory of three files:
+
+    secret    192 random bytes, the key of the grain digests (0600)
+    digests   u64 per grain: keyed XXH3-64 of its content, 0 where it is all zero; a sparse file
+    leaves    the disk's Merkle tree (`merkle.FileNodes`)
+
+They say what the disk held at the last committed point, and only `fold` ever
+changes them. A scan reads the image in windows of 4 MiB. One native pass over a
+window gives the digest of every grain, which grains differ from what is
+stored, and which are zero; the caller gets these masks with the window's
+bytes and ships what is dirty without reading anything twice. The new digests
+and leaves stream into the journal, and the same stream goes through a dry
+update of the tree: when the scan is over, the root of the result is known and
+nothing has been written but the journal.
+
+What the image has not allocated is not read. Where it has allocated nothing and
+the stored digests (found by the data runs of their sparse file) are all zero, a
+window is not even looked at; where they are not, its grains became zero.
+
+A scan is `fresh` when the trackers cannot be trusted or are not there: then
+every grain is covered, allocated or not, as a window or as a `Gap`.
+
+    scan = tracker.scan(image, journal, index, fresh=not tracker.known)
+    for piece in scan: ...              # Window | Gap; a window's arrays are valid until the next one
+    scan.root                           # 32 bytes
+
+Digests are read a window at a time (8 KiB), not through a mapping of the file:
+it costs nothing that could be measured beside the window itself, memory stays
+flat, and a bad sector in the state directory is an error of this machine and
+no SIGBUS for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replica import _native
+from replica.durable import File, FileSystem
+from replica.images import Image
+from replica.merkle import FileNodes, MemoryNodes, MerkleTree
+from replica.model import DIGEST_BYTES, Disk
+from replica.tracking.journal import WINDOW_BYTES, JournalRecord, JournalWriter, grains_per_window
+from replica.tracking.spans import Span, common_spans, merge_spans, spans_of_image, spans_of_runs
+
+if TYPE_CHECKING:
+    from replica.bitmap import DirtyBitmap
+
+SECRET_BYTES = 192
+READ_AHEAD_WINDOWS = 2
+"""Windows read by other threads while one is worked on: 12 MiB of buffers in all."""
+
+Bytes = NDArray[np.uint8]
+
+
+class Window(NamedTuple):
+    """A window's content and what is known of its grains. Valid until the next piece is asked for."""
+
+    first_grain: int
+    count_grains: int
+    buffer: Bytes  # whole grains: bytes past the disk's end are zero
+    dirty: Bytes | None  # u8 per grain; None in a fresh scan: nothing is known of any
+    zero: Bytes  # u8 per grain
+
+
+class Gap(NamedTuple):
+    """In a fresh scan: a range of grains that were not read because they are zero."""
+
+    first_grain: int
+    stop_grain: int
+
+
+def disk_directory(machine_directory: Path, disk: Disk) -> Path:
+    return machine_directory / "disks" / str(disk.id)
+
+
+class HashTracker:
+    """The stored digests and tree of one disk. For one thread; the machine's lock keeps others out."""
+
+    def __init__(self, fs: FileSystem, machine_directory: Path, disk: Disk) -> None:
+        """Make what is missing. Raises StorageError."""
+        self.disk = disk
+        self._fs = fs
+        self.directory = disk_directory(machine_directory, disk)
+        fs.make_directory(self.directory, private=True)
+        self._secret = self._load_secret()
+        self.known = self._fits()
+        """There is a stored state of this disk to compare with (whether it can be trusted is not known here)."""
+
+    def _load_secret(self) -> bytes:
+        path = self.directory / "secret"
+        if self._fs.exists(path):
+            secret = self._fs.read_bytes(path, 1 << 16)
+            if len(secret) == SECRET_BYTES:
+                return secret
+        # Digests under another secret are worth nothing; they go before the new one is there.
+        self._fs.unlink(self.directory / "digests")
+        self._fs.unlink(self.directory / "leaves")
+        secret = os.urandom(SECRET_BYTES)
+        self._fs.replace_bytes(path, secret, private=True)
+        return secret
+
+    def _fits(self) -> bool:
+        digests, leaves = self.directory / "digests", self.directory / "leaves"
+        if not self._fs.exists(digests) or not self._fs.exists(leaves):
+            return False
+        with self._fs.open(digests) as file:
+            return file.size() == self.disk.count_grains * 8
+
+    def scan(
+        self,
+        image: Image,
+        journal: JournalWriter,
+        index: int,
+        *,
+        fresh: bool,
+        candidates: DirtyBitmap | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Scan:
+        """Begin a scan of `image`, which has the disk's size. `index`: the disk's place in the result's table.
+
+        `candidates`: the only grains that may have changed, if something better than hashing knows (never with
+        `fresh`). `check` is called before every read and stops the scan by raising.
+        """
+        if not fresh and not self.known:
+            raise ValueError(f"disk {self.disk.name!r} has no stored state to compare with")
+        return Scan(self._fs, self, self._secret, image, journal, index, fresh, candidates, check)
+
+
+class Scan:
+    """One pass over one image. Iterate once, to the end; then `root` is what the manifest names."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        tracker: HashTracker,
+        secret: bytes,
+        image: Image,
+        journal: JournalWriter,
+        index: int,
+        fresh: bool,
+        candidates: DirtyBitmap | None,
+        check: Callable[[], None],
+    ) -> None:
+        self.disk = tracker.disk
+        self.bytes_read = 0
+        """Bytes read from the image so far."""
+        self.root = b""
+        self._fs, self._directory, self._secret = fs, tracker.directory, secret
+        self._image, self._journal, self._index = image, journal, index
+        self._fresh, self._candidates, self._check = fresh, candidates, check
+        grains = grains_per_window(self.disk)
+        self._old, self._new = np.zeros(grains, np.uint64), np.zeros(grains, np.uint64)
+        self._dirty = np.zeros(grains, np.uint8)
+        self._leaves = np.zeros((WINDOW_BYTES // self.disk.leaf_bytes, DIGEST_BYTES), np.uint8)
+
+    def __iter__(self) -> Iterator[Window | Gap]:
+        if self._fresh:
+            yield from self._run(None, MerkleTree(MemoryNodes(), self.disk.leaf_bytes))
+            return
+        with self._fs.open(self._directory / "digests") as digests, self._fs.open(self._directory / "leaves") as leaves:
+            yield from self._run(digests, MerkleTree(FileNodes(leaves), self.disk.leaf_bytes))
+
+    def _run(self, digests: File | None, tree: MerkleTree) -> Iterator[Window | Gap]:
+        update = tree.update(write=False)
+        covered = 0
+        for span, buffer in self._read_ahead(self._spans(digests)):
+            first = span.window * grains_per_window(self.disk)
+            if self._fresh and covered < first:
+                yield Gap(covered, first)
+            window, record = self._look(first, buffer, digests)
+            self._journal.add(record)
+            first_leaf = first // self.disk.grains_per_leaf
+            for start, stop in consecutive(record.leaves):
+                update.put(first_leaf + int(record.leaves[start]), record.leaf_digests[start:stop])
+            yield window
+            covered = first + window.count_grains
+        if self._fresh and covered < self.disk.count_grains:
+            yield Gap(covered, self.disk.count_grains)
+        self.root = update.root(self.disk.size_bytes)
+
+    def _spans(self, digests: File | None) -> Iterator[Span]:
+        spans = spans_of_image(self._image, self.disk.size_bytes)
+        if digests is not None:
+            per_window = grains_per_window(self.disk) * 8
+            runs = ((start, start + length) for start, length in digests.data_runs(0, self.disk.count_grains * 8))
+            spans = merge_spans(spans, spans_of_runs(runs, per_window))
+        if self._candidates is not None:
+            runs = ((first, first + count) for first, count in self._candidates.runs())
+            spans = common_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
+        return spans
+
+    def _read_ahead(self, spans: Iterator[Span]) -> Iterator[tuple[Span, Bytes]]:
+        """Every span with its window's bytes; the next ones are being read meanwhile. Buffers are reused."""
+        free = [np.empty(WINDOW_BYTES, np.uint8) for _ in range(READ_AHEAD_WINDOWS + 1)]
+        waiting: deque[tuple[Span, Bytes, Future[int]]] = deque()
+        with ThreadPoolExecutor(READ_AHEAD_WINDOWS, "read") as readers:
+            try:
+                more = True
+                while more or waiting:
+                    while more and free:
+                        span = next(spans, None)
+                        if span is None:
+                            more = False
+                            break
+                        self._check()
+                        buffer = free.pop()
+                        waiting.append((span, buffer, readers.submit(self._read, span, buffer)))
+                    if waiting:
+                        span, buffer, future = waiting.popleft()
+                        size = future.result()
+                        self.bytes_read += span.bytes_to_read
+                        yield span, buffer[:size]
+                        free.append(buffer)
+            finally:
+                for _, _, future in waiting:
+                    future.cancel()
+
+    def _read(self, span: Span, buffer: Bytes) -> int:
+        """Read a window; zeros where it is not allocated. Its size up to the disk's end, in whole grains."""
+        start = span.window * WINDOW_BYTES
+        size = min(WINDOW_BYTES, self.disk.size_bytes - start)
+        padded = -(-size // self.disk.grain_bytes) * self.disk.grain_bytes
+        done = start
+        for begin, end in span.ranges:
+            buffer[done - start : begin - start] = 0
+            self._image.read_into(begin, buffer[begin - start : end - start].data)
+            done = end
+        buffer[done - start : padded] = 0
+        return padded
+
+    def _look(self, first: int, buffer: Bytes, digests: File | None) -> tuple[Window, JournalRecord]:
+        """Hash and compare one window: what the caller gets, and what the journal gets."""
+        disk, count = self.disk, len(buffer) // self.disk.grain_bytes
+        new, dirty = self._new[:count], self._dirty[:count]
+        old = None
+        if digests is not None:
+            old = self._old[:count]
+            old[digests.read_into(first * 8, old.data) // 8 :] = 0
+        _native.scan(buffer, disk.grain_bytes, self._secret, old, new, dirty)
+        zero = (new == 0).view(np.uint8)
+        changed = np.flatnonzero(new if old is None else dirty)
+        select = np.zeros(-(-count // disk.grains_per_leaf), np.uint8)
+        select[changed // disk.grains_per_leaf] = 1
+        leaves = np.flatnonzero(select)
+        if len(leaves):
+            _native.hash_leaves(
+                buffer, disk.leaf_bytes, first // disk.grains_per_leaf, select, self._leaves[: len(select)]
+            )
+        record = JournalRecord(
+            self._index, first, changed.astype(np.uint16), new[changed], leaves.astype(np.uint16), self._leaves[leaves]
+        )
+        return Window(first, count, buffer, None if old is None else dirty, zero), record
+
+
+def consecutive(numbers: NDArray[np.uint16]) -> Iterator[tuple[int, int]]:
+    """Slices of an ascending array that hold consecutive numbers."""
+    if len(numbers):
+        breaks = np.flatnonzero(np.diff(numbers.astype(np.int64)) != 1) + 1
+        yield from pairwise((0, *(int(b) for b in breaks), len(numbers)))

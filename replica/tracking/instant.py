@@ -1,0 +1,268 @@
+"""One instant of all of a machine's disks: freeze, read, thaw; or a source that stood still.
+
+    with freeze(fs, directory, machine, sources, spec) as snapshot:
+        ...                              # read every snapshot.paths[disk]; now and then snapshot.check()
+        snapshot.finish()                # all is read: thaw, or prove that nothing moved
+
+Only when `finish` returned was what was read one instant. Left without it, the
+block thaws and whatever was read is worth nothing.
+
+**With commands**, both run by the watchdog (see there), in this order: the mark
+`frozen` is made durable, `freeze` runs, the disks are read, `thaw` runs, the mark
+goes. The watchdog thaws when the sender dies or `limit_seconds` passed since
+`freeze` started; a point that was still being read then is refused. A machine
+that is marked is thawed before anything else is done with it (`thaw_marked`).
+
+The commands find in their environment: REPLICA_MACHINE; REPLICA_DISKS, the
+number of disks; REPLICA_DISK_<n>_NAME and REPLICA_DISK_<n>_IMAGE with n from 0.
+`freeze` may print lines `disk-name=/path`: that disk is then read there (a
+snapshot it took), not at its image; `thaw` is the place to remove it.
+
+**Without**, see `still`.
+
+Snapshots by reflink and bitmaps of hypervisors fit behind the same value: they
+are other `paths`, and a `dirty` that knows something.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import msgspec
+
+from replica import documents
+from replica.durable import FileSystem
+from replica.errors import FormatError, FreezeError
+from replica.model import Consistency
+from replica.tracking.guard import THAW_LIMIT_SECONDS, Guard
+from replica.tracking.still import StandStill
+
+if TYPE_CHECKING:
+    from replica.bitmap import DirtyBitmap
+
+Command = str | Sequence[str]
+_MARK = "frozen"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FreezeSpec:
+    """How a machine's instant is made. Without `freeze`, its images must stand still."""
+
+    freeze: Command | None = None
+    thaw: Command | None = None
+    limit_seconds: float = 30.0
+    consistency: Consistency = Consistency.CRASH
+
+
+class FrozenMark(msgspec.Struct, frozen=True):
+    """The durable mark of a machine that may be frozen: how to thaw it."""
+
+    machine: str
+    since_ns: int
+    thaw: list[str]
+    environment: dict[str, str]
+
+
+class Snapshot(Protocol):
+    """All disks at one instant. Made by `freeze`; a context manager that always thaws."""
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """Disk name -> what to read."""
+        ...
+
+    @property
+    def frozen_at_ns(self) -> int:
+        """The instant, before the first read."""
+        ...
+
+    @property
+    def consistency(self) -> Consistency: ...
+
+    def dirty(self, disk: str) -> DirtyBitmap | None:
+        """Which grains may have changed since the last committed point; None: unknown, hash all."""
+        ...
+
+    def check(self) -> None:
+        """Cheap, to be called between reads. FreezeError once the instant cannot be had any more."""
+        ...
+
+    def finish(self) -> None:
+        """All is read. FreezeError or SourceBusyError: it was no single instant, use nothing of it."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def freeze(fs: FileSystem, directory: Path, machine: str, images: Mapping[str, Path], spec: FreezeSpec) -> Snapshot:
+    """Begin the instant. `directory` is the machine's state directory, `images` disk name -> image.
+
+    Raises FreezeError (the command failed; the machine was thawed) or SourceBusyError (it does not stand still).
+    """
+    if spec.freeze is None:
+        return _StillSnapshot(images)
+    thaw_marked(fs, directory, spec)
+    return _FrozenSnapshot(fs, directory, machine, images, spec)
+
+
+def thaw_marked(fs: FileSystem, directory: Path, spec: FreezeSpec) -> bool:
+    """Thaw the machine if an earlier freeze may still hold; True if it was marked. FreezeError if thawing fails.
+
+    The configuration's command wins over the marked one, so that a wrong one can be corrected.
+    """
+    path = directory / _MARK
+    if not fs.exists(path):
+        return False
+    try:
+        mark = documents.load(fs, path, FrozenMark)
+    except FormatError:
+        mark = FrozenMark(directory.name, 0, [], {})
+    argv = _argv(spec.thaw) or mark.thaw
+    if not argv:
+        raise FreezeError(
+            f"machine {mark.machine!r} may still be frozen and no `thaw` command is known",
+            hint=f"thaw it by hand, then remove {path}",
+        )
+    guard = Guard(path, [], argv, spec.limit_seconds, mark.environment)
+    guard.request_thaw()
+    answer = guard.ask(spec.limit_seconds + 2 * THAW_LIMIT_SECONDS)
+    guard.end()
+    if not answer.thawed:
+        raise FreezeError(
+            f"machine {mark.machine!r} is still frozen, thawing it failed: {answer.failure}",
+            hint="correct its `thaw` command or thaw it by hand; every cycle tries again",
+        )
+    return True
+
+
+class _StillSnapshot:
+    """Nothing freezes: the images themselves, proven to have stood still."""
+
+    consistency = Consistency.CRASH
+
+    def __init__(self, images: Mapping[str, Path]) -> None:
+        self.paths = dict(images)
+        self._proof = StandStill(images)
+        self.frozen_at_ns = time.time_ns()
+
+    def dirty(self, disk: str) -> DirtyBitmap | None:
+        return None
+
+    def check(self) -> None:
+        """Nothing can be said before the end."""
+
+    def finish(self) -> None:
+        self._proof.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was frozen."""
+
+
+class _FrozenSnapshot:
+    """Between the freeze and the thaw command."""
+
+    def __init__(
+        self, fs: FileSystem, directory: Path, machine: str, images: Mapping[str, Path], spec: FreezeSpec
+    ) -> None:
+        assert spec.freeze is not None
+        self._machine, self._limit_seconds = machine, spec.limit_seconds
+        self.consistency = spec.consistency
+        environment = environment_of(machine, images)
+        thaw = _argv(spec.thaw)
+        documents.save(fs, directory / _MARK, FrozenMark(machine, time.time_ns(), thaw, environment), private=True)
+        self._deadline = time.monotonic() + spec.limit_seconds
+        self._guard: Guard | None = Guard(directory / _MARK, _argv(spec.freeze), thaw, spec.limit_seconds, environment)
+        try:
+            answer = self._guard.ask(spec.limit_seconds + THAW_LIMIT_SECONDS)
+            if not answer.frozen:
+                raise FreezeError(f"freezing machine {machine!r} failed: {answer.failure}")
+            self.paths = snapshot_paths(images, answer.output)
+            self.frozen_at_ns = time.time_ns()
+        except BaseException:
+            self._release()
+            raise
+
+    def dirty(self, disk: str) -> DirtyBitmap | None:
+        return None
+
+    def check(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise self._too_long()
+
+    def finish(self) -> None:
+        if self._release() != "request":
+            raise self._too_long()
+
+    def _release(self) -> str:
+        """Thaw; what made the watchdog do it. FreezeError if the thaw failed: the guest may hang."""
+        if self._guard is None:
+            return "earlier"
+        guard, self._guard = self._guard, None
+        guard.request_thaw()
+        answer = guard.ask(2 * THAW_LIMIT_SECONDS)
+        guard.end()
+        if not answer.thawed:
+            error = FreezeError(
+                f"thawing machine {self._machine!r} failed: {answer.failure}",
+                hint="it may be frozen: thaw it by hand; every cycle tries again before it does anything else",
+            )
+            _log.critical("%s", error)
+            raise error
+        return answer.cause
+
+    def _too_long(self) -> FreezeError:
+        return FreezeError(
+            f"machine {self._machine!r} was frozen for longer than its limit of {self._limit_seconds:g} s: "
+            "it was thawed and no point was made",
+            hint="raise `freeze_limit`, or let `freeze` take a snapshot and name its path",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+
+def environment_of(machine: str, images: Mapping[str, Path]) -> dict[str, str]:
+    """What the commands find in their environment beside the sender's own."""
+    environment = {"REPLICA_MACHINE": machine, "REPLICA_DISKS": str(len(images))}
+    for number, (name, image) in enumerate(images.items()):
+        environment[f"REPLICA_DISK_{number}_NAME"] = name
+        environment[f"REPLICA_DISK_{number}_IMAGE"] = str(image)
+    return environment
+
+
+def snapshot_paths(images: Mapping[str, Path], output: str) -> dict[str, Path]:
+    """Where to read each disk: where the freeze command's output says `disk-name=/path`, else its image.
+
+    Lines that name no disk are ignored: commands say many things. FreezeError if a named path is not absolute.
+    """
+    paths = dict(images)
+    for line in output.splitlines():
+        name, equals, path = line.strip().partition("=")
+        if not equals or name not in images:
+            continue
+        if not path.startswith("/"):
+            raise FreezeError(
+                f"the freeze command names {path!r} for disk {name!r}", hint="print an absolute path: name=/path"
+            )
+        paths[name] = Path(path)
+    return paths
+
+
+def _argv(command: Command | None) -> list[str]:
+    if command is None:
+        return []
+    return ["sh", "-c", command] if isinstance(command, str) else list(command)

@@ -1,0 +1,3 @@
+from tracking_machine import machine
+
+__all__ = ["machine"]

@@ -1,0 +1,305 @@
+"""Freeze and thaw: one instant, and thaw runs whatever happens to the sender."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from replica.durable import FileSystem
+from replica.errors import FreezeError, SourceBusyError
+from replica.model import Consistency
+from replica.tracking import guard
+from replica.tracking.instant import FreezeSpec, environment_of, freeze, snapshot_paths, thaw_marked
+
+FS = FileSystem()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "os.raw"
+    path.write_bytes(b"content")
+    return path
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    path = tmp_path / "state"
+    path.mkdir()
+    return path
+
+
+class Commands:
+    """Freeze and thaw commands that write what they did into a log."""
+
+    def __init__(self, directory: Path) -> None:
+        self.log = directory / "log"
+        self.log.touch()
+
+    def say(self, word: str, *, then: str = "true") -> str:
+        return f"echo {word} >> {self.log}; {then}"
+
+    @property
+    def said(self) -> list[str]:
+        return self.log.read_text().split()
+
+    def wait_for(self, *words: str) -> None:
+        deadline = time.monotonic() + 10
+        while self.said != list(words):
+            assert time.monotonic() < deadline, f"{self.said} and not {words}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
+
+
+def test_freeze_brackets_the_read(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"), 10, Consistency.APPLICATION)
+    before = time.time_ns()
+    with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        assert commands.said == ["freeze"]
+        assert (state / "frozen").exists(), "the mark is durable while frozen"
+        assert snapshot.paths == {"os": image}
+        assert before < snapshot.frozen_at_ns < time.time_ns()
+        assert snapshot.consistency is Consistency.APPLICATION
+        assert snapshot.dirty("os") is None
+        snapshot.check()
+        snapshot.finish()
+        assert commands.said == ["freeze", "thaw"]
+        assert not (state / "frozen").exists()
+    assert commands.said == ["freeze", "thaw"], "once is enough"
+
+
+def test_leaving_without_finish_thaws(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
+    with pytest.raises(KeyError), freeze(FS, state, "web-1", {"os": image}, spec):
+        raise KeyError
+    assert commands.said == ["freeze", "thaw"]
+    assert not (state / "frozen").exists()
+
+
+def test_the_mark_is_there_before_freeze_runs(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(f"test -e {state}/frozen && echo marked >> {commands.log}", commands.say("thaw"))
+    with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        snapshot.finish()
+    assert commands.said == ["marked", "thaw"]
+
+
+def test_a_failed_freeze_is_thawed_and_says_why(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze", then="echo no agent in the guest >&2; exit 3"), commands.say("thaw"))
+    with pytest.raises(FreezeError, match=r"'web-1'.*status 3: no agent in the guest"):
+        freeze(FS, state, "web-1", {"os": image}, spec)
+    assert commands.said == ["freeze", "thaw"]
+    assert not (state / "frozen").exists()
+
+
+def test_a_command_that_cannot_run_is_named(image: Path, state: Path, commands: Commands) -> None:
+    with pytest.raises(FreezeError, match="cannot be run: No such file"):
+        freeze(FS, state, "web-1", {"os": image}, FreezeSpec(["/none/such"], commands.say("thaw")))
+    assert commands.said == ["thaw"]
+
+
+def test_a_freeze_that_hangs_is_killed_and_thawed(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze", then="sleep 60"), commands.say("thaw"), 0.3)
+    with pytest.raises(FreezeError, match="was killed"):
+        freeze(FS, state, "web-1", {"os": image}, spec)
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_a_daemon_left_behind_by_freeze_does_not_hinder(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec("sleep 5 & true", commands.say("thaw"))
+    started = time.monotonic()
+    with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        snapshot.finish()
+    assert time.monotonic() - started < 4
+
+
+def test_past_the_limit_it_is_thawed_and_the_point_refused(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"), 0.3)
+    with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        snapshot.check()
+        commands.wait_for("freeze", "thaw")
+        with pytest.raises(FreezeError, match=r"limit of 0.3 s"):
+            snapshot.check()
+        with pytest.raises(FreezeError, match=r"limit of 0.3 s.*raise `freeze_limit`"):
+            snapshot.finish()
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_a_failed_thaw_is_loud_and_tried_again(image: Path, state: Path, commands: Commands) -> None:
+    broken = FreezeSpec(commands.say("freeze"), commands.say("thaw", then="echo agent gone >&2; false"))
+    with (
+        pytest.raises(FreezeError, match=r"thawing machine 'web-1' failed.*agent gone"),
+        freeze(FS, state, "web-1", {"os": image}, broken) as snapshot,
+    ):
+        snapshot.finish()
+    assert (state / "frozen").exists()
+    with pytest.raises(FreezeError, match="still frozen"):
+        freeze(FS, state, "web-1", {"os": image}, broken)
+    assert commands.said == ["freeze", "thaw", "thaw"], "nothing is frozen before the thaw"
+    assert thaw_marked(FS, state, FreezeSpec(None, commands.say("better")))
+    assert commands.said[-1] == "better"
+    assert not thaw_marked(FS, state, broken)
+
+
+def test_the_mark_remembers_how_to_thaw(image: Path, state: Path, commands: Commands) -> None:
+    """The configuration may have lost its `thaw` meanwhile; the machine still has to go on."""
+    spec = FreezeSpec(
+        "true", f"test $REPLICA_DISK_0_NAME = os && test -e {state}/ready && echo thawed >> {commands.log}"
+    )
+    with pytest.raises(FreezeError), freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        snapshot.finish()
+    (state / "ready").touch()
+    assert thaw_marked(FS, state, FreezeSpec())
+    assert commands.said == ["thawed"]
+
+
+def test_a_damaged_mark_without_a_command_asks_for_hands(state: Path, commands: Commands) -> None:
+    (state / "frozen").write_bytes(b"rot")
+    with pytest.raises(FreezeError, match="by hand"):
+        thaw_marked(FS, state, FreezeSpec())
+    assert thaw_marked(FS, state, FreezeSpec("x", commands.say("thaw")))
+    assert commands.said == ["thaw"]
+
+
+SENDER = """
+    import sys, time
+    from pathlib import Path
+    from replica.durable import FileSystem
+    from replica.tracking.instant import FreezeSpec, freeze
+    state, image, freezing, thawing, limit = sys.argv[1:]
+    spec = FreezeSpec(freezing, thawing, float(limit))
+    with freeze(FileSystem(), Path(state), "web-1", {"os": Path(image)}, spec):
+        print("frozen", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def sender(image: Path, state: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    def start(freezing: str, thawing: str, limit: float = 30) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-c", textwrap.dedent(SENDER), str(state), str(image), freezing, thawing, str(limit)]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE)
+
+    return start
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_a_killed_sender_leaves_no_frozen_machine(
+    sender: Callable[..., subprocess.Popen[bytes]], state: Path, commands: Commands
+) -> None:
+    process = sender(commands.say("freeze"), commands.say("thaw"))
+    assert process.stdout is not None and process.stdout.readline() == b"frozen\n"
+    kill(process)
+    commands.wait_for("freeze", "thaw")
+    assert not thaw_marked(FS, state, FreezeSpec()), "the watchdog removed the mark, or is waited for"
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_killed_while_freeze_runs_thaw_comes_after_it(
+    sender: Callable[..., subprocess.Popen[bytes]], state: Path, commands: Commands
+) -> None:
+    process = sender(commands.say("begin", then=f"sleep 0.7; echo end >> {commands.log}"), commands.say("thaw"))
+    commands.wait_for("begin")
+    kill(process)
+    commands.wait_for("begin", "end", "thaw")
+
+
+def test_the_next_sender_waits_for_a_thaw_that_is_under_way(
+    sender: Callable[..., subprocess.Popen[bytes]], image: Path, state: Path, commands: Commands
+) -> None:
+    slow = f"echo thaw >> {commands.log}; sleep 0.7; echo done >> {commands.log}"
+    process = sender(commands.say("freeze"), slow)
+    assert process.stdout is not None and process.stdout.readline() == b"frozen\n"
+    kill(process)
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(commands.say("again"), "true")) as snapshot:
+        snapshot.finish()
+    assert commands.said == ["freeze", "thaw", "done", "again"]
+
+
+def test_a_killed_watchdog_is_noticed(image: Path, state: Path, commands: Commands) -> None:
+    """Then nobody can say that the machine stayed frozen, and the mark stays for the next start."""
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
+    with (
+        pytest.raises(FreezeError, match=r"ended without an answer"),
+        freeze(FS, state, "web-1", {"os": image}, spec) as snapshot,
+    ):
+        os.kill(snapshot._guard._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        snapshot.finish()
+    assert (state / "frozen").exists()
+    assert thaw_marked(FS, state, spec)
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_signals_do_not_end_the_watchdog(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
+    with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(snapshot._guard._process.pid, number)  # type: ignore[attr-defined]
+        snapshot.finish()
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_environment_names_every_disk(tmp_path: Path, image: Path, state: Path, commands: Commands) -> None:
+    images = {"os": image, "data disk": tmp_path / "d.raw"}
+    assert environment_of("web-1", images) == {
+        "REPLICA_MACHINE": "web-1",
+        "REPLICA_DISKS": "2",
+        "REPLICA_DISK_0_NAME": "os",
+        "REPLICA_DISK_0_IMAGE": str(image),
+        "REPLICA_DISK_1_NAME": "data disk",
+        "REPLICA_DISK_1_IMAGE": str(tmp_path / "d.raw"),
+    }
+    say = f"echo $REPLICA_MACHINE $REPLICA_DISK_1_IMAGE >> {commands.log}"
+    with freeze(FS, state, "web-1", images, FreezeSpec(say, ["sh", "-c", say])) as snapshot:
+        snapshot.finish()
+    assert commands.said == ["web-1", str(tmp_path / "d.raw")] * 2
+
+
+def test_freeze_may_name_snapshots(image: Path, state: Path) -> None:
+    spec = FreezeSpec("echo made; echo os=/dev/vg/snap; echo x=y", "true")
+    with freeze(FS, state, "web-1", {"os": image, "data": image}, spec) as snapshot:
+        assert snapshot.paths == {"os": Path("/dev/vg/snap"), "data": image}
+
+
+def test_snapshot_paths_are_absolute() -> None:
+    assert snapshot_paths({"os": Path("/a")}, "os = 1\nos=/b=c\n") == {"os": Path("/b=c")}
+    with pytest.raises(FreezeError, match="absolute"):
+        snapshot_paths({"os": Path("/a")}, "os=snap.raw")
+
+
+def test_without_commands_the_source_must_stand_still(image: Path, state: Path) -> None:
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(consistency=Consistency.APPLICATION)) as snapshot:
+        assert snapshot.consistency is Consistency.CRASH, "nothing made the application consistent"
+        snapshot.finish()
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec()) as snapshot:
+        image.write_bytes(b"CONTENT")
+        with pytest.raises(SourceBusyError, match="was written while it was read"):
+            snapshot.finish()
+    assert list(state.iterdir()) == []
+
+
+def test_thaw_that_never_ends_is_bounded(
+    image: Path, state: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "THAW_LIMIT_SECONDS", 0.3)
+    with (
+        pytest.raises(FreezeError, match=r"did not end within 0.3 s"),
+        freeze(FS, state, "web-1", {"os": image}, FreezeSpec("true", "sleep 60")) as snapshot,
+    ):
+        snapshot.finish()
