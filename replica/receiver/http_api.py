@@ -1,0 +1,244 @@
+"""The HTTP side of a site: requests in, documents, problems and bytes out.
+
+Every handler does the same: bound and parse what came (ids, numbers, bodies),
+call the `Session` of the client's identity in a worker thread, encode the
+answer. Decisions are the session's; nothing here knows a replica. Whatever
+fails is answered as `application/problem+json` and logged as one line.
+
+See docs/PROTOCOL.md and docs/openapi.yaml for what the requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+from uuid import UUID
+
+import msgspec
+from aiohttp import web
+
+from replica.errors import ForbiddenError, ProtocolError, ReplicaError, TransportError
+from replica.model import DeltaId, DiskId, Frozen, ReplicaId
+from replica.receiver.bodies import BodyBudget, length_of, read_body
+from replica.receiver.reading import DiskReading
+from replica.receiver.session import Session
+from replica.receiver.site import Site
+from replica.receiver.slot import Job
+from replica.receiver.workers import Workers
+from replica.transport import wire
+from replica.transport.tls import identity_of
+
+log = logging.getLogger(__name__)
+
+WORKERS = 16
+MAX_CONNECTIONS = 512
+_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNORECASE)
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpApi:
+    """Handlers over one site. `application()` is what aiohttp serves; `close` ends the worker threads."""
+
+    def __init__(self, site: Site, connections: Callable[[], int] = lambda: 0) -> None:
+        """`connections` tells how many are open now."""
+        self._site = site
+        self._connections = connections
+        self._budget = BodyBudget()
+        self._call = Workers(WORKERS)
+        self._reading = DiskReading(self._call)
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._answer])
+        replica, delta = "/v1/replicas/{replica}", "/v1/replicas/{replica}/deltas/{delta}"
+        app.router.add_get("/v1/replicas", self._replicas, allow_head=False)
+        app.router.add_get(replica, self._replica, allow_head=False)
+        app.router.add_put(replica, self._enrol)
+        app.router.add_post(f"{replica}/adopt", self._adopt)
+        app.router.add_put(delta, self._begin)
+        app.router.add_delete(delta, self._discard)
+        app.router.add_put(f"{delta}/segments/{{number}}", self._segments)
+        app.router.add_post(f"{delta}/commit", self._commit)
+        app.router.add_get(f"{replica}/points", self._points, allow_head=False)
+        app.router.add_get(f"{replica}/points/{{point}}/disks/{{disk}}", self._disk, allow_head=False)
+        app.router.add_get(f"{replica}/disks/{{disk}}/tree", self._tree, allow_head=False)
+        app.on_response_prepare.append(_plain_server_name)
+        return app
+
+    def close(self) -> None:
+        self._call.close()
+
+    # --- replicas ---
+
+    async def _replicas(self, request: web.Request) -> web.Response:
+        found = await self._call(self._session(request).replicas, request.query.get("machine", ""))
+        return _document(found)
+
+    async def _replica(self, request: web.Request) -> web.Response:
+        return _document(await self._call(self._session(request).replica, _replica_id(request)))
+
+    async def _enrol(self, request: web.Request) -> web.Response:
+        enrol = await self._read_document(request, wire.Enrol)
+        return _document(await self._call(self._session(request).enrol, _replica_id(request), enrol))
+
+    async def _adopt(self, request: web.Request) -> web.Response:
+        adopt = await self._read_document(request, wire.Adopt)
+        return _document(await self._call(self._session(request).adopt, _replica_id(request), adopt))
+
+    # --- deltas ---
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        begin = await self._read_document(request, wire.Begin)
+        begun = await self._call(self._session(request).begin, _replica_id(request), _delta_id(request), begin)
+        return _document(begun)
+
+    async def _discard(self, request: web.Request) -> web.Response:
+        await self._call(self._session(request).discard, _replica_id(request), _delta_id(request))
+        return web.Response(status=204)
+
+    async def _segments(self, request: web.Request) -> web.Response:
+        session, number = self._session(request), _number(request.match_info["number"], "segment")
+        where = (_replica_id(request), _delta_id(request))
+        length = length_of(request, wire.MAX_BODY_BYTES)
+        async with self._budget.hold(session.identity, length):
+            body = await read_body(request, length)
+            await self._call(_store_segments, session, where, number, body)
+        return web.Response(status=204)
+
+    async def _commit(self, request: web.Request) -> web.Response:
+        session, replica_id, delta_id = self._session(request), _replica_id(request), _delta_id(request)
+        length = length_of(request, wire.MAX_TAIL_BYTES + wire.FRAME.size)
+        async with self._budget.hold(session.identity, length):
+            body = await read_body(request, length)
+            job = await self._call(_start_commit, session, replica_id, delta_id, body)
+            del body
+        if not await _settled(job, preferred_wait(request.headers.get("Prefer", ""))):
+            return web.Response(status=202)
+        return _document(await self._call(session.outcome, replica_id, job))
+
+    # --- reading ---
+
+    async def _points(self, request: web.Request) -> web.Response:
+        return _document(await self._call(self._session(request).points, _replica_id(request)))
+
+    async def _disk(self, request: web.Request) -> web.StreamResponse:
+        point = _number(request.match_info["point"], "point")
+        return await self._reading.answer(request, self._session(request), _replica_id(request), point)
+
+    async def _tree(self, request: web.Request) -> web.Response:
+        disk_id = DiskId(_uuid(request, "disk"))
+        level, first, count = (_number(request.query.get(name, ""), name) for name in ("level", "first", "count"))
+        arguments = (_replica_id(request), disk_id, level, first, count)
+        digests = await self._call(self._session(request).tree, *arguments)
+        return web.Response(body=digests, content_type="application/octet-stream")
+
+    # --- around every request ---
+
+    def _session(self, request: web.Request) -> Session:
+        transport = request.transport
+        return self._site.session(identity_of(transport.get_extra_info("peercert") if transport else None))
+
+    async def _read_document(self, request: web.Request, kind: type[T]) -> T:
+        body = await read_body(request, length_of(request, wire.MAX_DOCUMENT_BYTES))
+        return wire.decode(body, kind, "the request")
+
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Turn every failure into a problem document and a line in the log."""
+        try:
+            if self._connections() > MAX_CONNECTIONS:
+                raise TransportError("the receiver has too many connections", hint="it is tried again by itself")
+            return await handler(request)
+        except ReplicaError as error:
+            level = logging.WARNING if isinstance(error, ForbiddenError) or error.status >= 500 else logging.INFO
+            log.log(level, "%s %s by %s: %s", request.method, request.path, _who(request), error)
+            return _problem(error)
+        except web.HTTPException as error:
+            answer = _problem(ProtocolError(f"{request.method} {request.path}: {error.reason}"), error.status)
+            if "Allow" in error.headers:
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("%s %s by %s failed", request.method, request.path, _who(request))
+            return _problem(ReplicaError("the receiver failed at this request", hint="its log says why"))
+
+
+def preferred_wait(prefer: str) -> int:
+    """Seconds of `Prefer: wait=N` (RFC 7240 §4.3), 0 without it, at most `MAX_WAIT_SECONDS`."""
+    match = _WAIT.search(prefer)
+    return min(int(match[1]), wire.MAX_WAIT_SECONDS) if match else 0
+
+
+def _store_segments(session: Session, where: tuple[ReplicaId, DeltaId], first: int, body: bytearray) -> None:
+    session.put_frames(*where, wire.decode_segments(body, first))
+
+
+def _start_commit(session: Session, replica_id: ReplicaId, delta_id: DeltaId, body: bytearray) -> Job:
+    frame = wire.decode_tail(body)
+    return session.start_commit(replica_id, delta_id, bytes(frame.blob), frame.offset)
+
+
+async def _settled(job: Job, seconds: float) -> bool:
+    """Whether the job is done within that time."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_done: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(event.set)
+
+    job.done.add_done_callback(wake)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return job.done.done()
+
+
+def _uuid(request: web.Request, name: str) -> UUID:
+    text = request.match_info[name]
+    with suppress(ValueError):
+        if str(value := UUID(text)) == text:
+            return value
+    raise ProtocolError(f"{name} {text[:64]!r} is not an id", hint="write it as 8-4-4-4-12 lower-case hex digits")
+
+
+def _replica_id(request: web.Request) -> ReplicaId:
+    return ReplicaId(_uuid(request, "replica"))
+
+
+def _delta_id(request: web.Request) -> DeltaId:
+    return DeltaId(_uuid(request, "delta"))
+
+
+def _number(text: str, what: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise ProtocolError(f"{what} {text[:64]!r} is not a number")
+    return int(text)
+
+
+def _document(value: Frozen | list[wire.ReplicaInfo] | list[wire.PointSummary]) -> web.Response:
+    return web.Response(body=wire.encode(value), content_type=wire.DOCUMENT_TYPE)
+
+
+def _problem(error: ReplicaError, status: int | None = None) -> web.Response:
+    problem = wire.to_problem(error)
+    if status is not None:
+        problem = msgspec.structs.replace(problem, status=status)
+    return web.Response(status=problem.status, body=wire.encode(problem), content_type=wire.PROBLEM_TYPE)
+
+
+def _who(request: web.Request) -> str:
+    try:
+        return identity_of(request.transport.get_extra_info("peercert") if request.transport else None)
+    except ForbiddenError:
+        return "nobody known"
+
+
+async def _plain_server_name(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "replica"

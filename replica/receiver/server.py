@@ -1,0 +1,141 @@
+"""The receiver process: TLS in front of a site, from the first line in the log to an orderly end.
+
+The order at start: certificates read, address bound, replicas opened and
+recovered, then listening; so a wrong certificate or a port in use is told
+before anything is touched, and no request meets a site that is not ready.
+
+At SIGTERM or SIGINT: no more connections, idle ones closed, requests and
+commits under way may end within `END_SECONDS`; then the stores are closed. A
+second signal ends the process at once. Neither that nor SIGKILL loses
+anything: an unfinished commit is redone or undone at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+from aiohttp import web
+
+from replica.durable import FileSystem
+from replica.errors import ListenError
+from replica.receiver.http_api import HttpApi
+from replica.receiver.site import Site, SiteSpec
+from replica.transport.tls import server_context
+
+log = logging.getLogger(__name__)
+
+END_SECONDS = 60.0
+HANDSHAKE_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 75.0
+"""How long a connection may stand without a complete request head. Clients give up theirs earlier."""
+MAX_LINE_BYTES = 4096
+READ_BUFFER_BYTES = 256 << 10
+
+_LISTEN = {
+    errno.EADDRINUSE: ("the port is in use", "is a receiver already running? choose another `listen` or stop that one"),
+    errno.EACCES: ("that is not allowed", "ports below 1024 need a privilege; choose another `listen`"),
+    errno.EADDRNOTAVAIL: ("this host has no such address", "correct `listen`; 0.0.0.0 is every IPv4 address"),
+}
+
+
+def serve(spec: SiteSpec, *, fs: FileSystem | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError, ListenError or StorageError at start."""
+    asyncio.run(_serve_until_signalled(fs or FileSystem(), spec))
+
+
+async def _serve_until_signalled(fs: FileSystem, spec: SiteSpec) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def signalled(number: signal.Signals) -> None:
+        log.info("%s: ending", number.name)
+        stop.set()
+        for other in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(other)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled, number)
+    await serve_until(fs, spec, stop)
+
+
+async def serve_until(
+    fs: FileSystem, spec: SiteSpec, stop: asyncio.Event, ready: Callable[[str, int], None] | None = None
+) -> None:
+    """Serve until `stop` is set. `ready` is told host and port (of port 0: the one that was given)."""
+    loop = asyncio.get_running_loop()
+    context = server_context(spec.tls)
+    runner: web.AppRunner | None = None
+
+    def protocol() -> asyncio.Protocol:
+        assert runner is not None and runner.server is not None
+        return runner.server()
+
+    try:
+        listener = await loop.create_server(
+            protocol,
+            spec.listen_host or None,
+            spec.listen_port,
+            ssl=context,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            start_serving=False,
+        )
+    except (OSError, OverflowError) as error:
+        raise listen_error(spec, error) from error
+    try:
+        site = await loop.run_in_executor(None, Site, fs, spec)
+        api = HttpApi(site, connections=lambda: len(runner.server.connections) if runner and runner.server else 0)
+        runner = web.AppRunner(
+            api.application(),
+            access_log=None,
+            shutdown_timeout=END_SECONDS,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+            read_bufsize=READ_BUFFER_BYTES,
+            auto_decompress=False,
+        )
+        await runner.setup()
+        try:
+            await _listen(listener, spec)
+            host, port = _address(listener)
+            log.info("ready: listening on https://%s:%d; %d replicas, %d stopped", host, port, len(site), site.failed)
+            if ready is not None:
+                ready(host, port)
+            await stop.wait()
+        finally:
+            listener.close()
+            await runner.cleanup()
+            api.close()
+            ended = await loop.run_in_executor(None, site.close, END_SECONDS)
+            log.info("ended%s", "" if ended else "; a commit was cut off, the next start finishes it")
+    finally:
+        listener.close()
+
+
+async def _listen(listener: asyncio.Server, spec: SiteSpec) -> None:
+    try:
+        await listener.start_serving()
+    except OSError as error:
+        raise listen_error(spec, error) from error
+
+
+def listen_error(spec: SiteSpec, error: Exception) -> ListenError:
+    """What a failure to bind means, naming the address and what to do."""
+    where = f"cannot listen on {spec.listen_host}:{spec.listen_port}"
+    if isinstance(error, socket.gaierror):
+        return ListenError(f"{where}: that host is not known", hint="`listen` is host:port, with this host's address")
+    number = error.errno if isinstance(error, OSError) else None
+    why, hint = _LISTEN.get(number or 0, (str(error), "correct `listen`"))
+    return ListenError(f"{where}: {why}", hint=hint)
+
+
+def _address(listener: asyncio.Server) -> tuple[str, int]:
+    host, port = "", 0
+    with suppress(IndexError):
+        host, port = listener.sockets[0].getsockname()[:2]
+    return f"[{host}]" if ":" in host else host, port

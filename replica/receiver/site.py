@@ -1,0 +1,210 @@
+"""A replica site without its network: replicas in storages, and sessions that act for an identity.
+
+    with Site(fs, spec) as site:
+        receiver = site.session("hv-1")         # `transport.api.Receiver`, here in this process
+        receiver.enrol(replica_id, Enrol("web-1", key_id, key, epoch))
+
+The HTTPS server makes one session per request from the client's certificate;
+a program that links both sides makes one from a name it trusts. Either way
+every call goes through the same three questions: does an `[[allow]]` entry let
+this identity in, is there such a replica, is it this identity's own
+(`admission`). What then happens to the replica is its slot's affair (`slot`).
+
+At start every replica in every storage is opened and thereby recovered, several
+at once; one that cannot be opened stops nobody else. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+from replica.delta import DataKey
+from replica.durable import FileSystem
+from replica.errors import BusyError, KeyMissingError, ReplicaError, UnknownMachineError
+from replica.model import DiskId, ReplicaId
+from replica.receiver.admission import authorise, check_again, check_new, check_owner, unknown
+from replica.receiver.session import Session, find_disk
+from replica.receiver.slot import Slot
+from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
+from replica.receiver.stores import FileStores, Reader, Stores
+from replica.store import Identity
+from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
+
+__all__ = ["AllowSpec", "Session", "Site", "SiteSpec", "StorageSpec"]
+
+log = logging.getLogger(__name__)
+
+MAX_COMMITS = 4
+"""Heads rewritten at the same time: what one more costs in memory and in seeks gains no time."""
+CLOSE_SECONDS = 60.0
+
+
+class Site:
+    """All replicas of one receiver."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        spec: SiteSpec,
+        *,
+        stores: Stores | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Opens and recovers every replica; ones that cannot be opened are logged and left for later."""
+        self.spec = spec
+        self._stores = stores or FileStores(fs)
+        self._clock = clock
+        self._turns = threading.Semaphore(MAX_COMMITS)
+        self._enrolling = threading.Lock()
+        self._slots: dict[ReplicaId, Slot] = {}
+        for storage in spec.storages.values():
+            for directory in self._stores.directories(storage.path):
+                self._find(directory)
+        with ThreadPoolExecutor(MAX_COMMITS) as pool:
+            self.failed = sum(pool.map(_fails_to_open, list(self._slots.values())))
+
+    def _find(self, directory: Path) -> None:
+        try:
+            replica_id = ReplicaId(UUID(directory.name))
+        except ValueError:
+            log.warning("%s is no replica: a replica's directory has its id as its name", directory)
+            return
+        if replica_id in self._slots:
+            log.error("%s is left out: that replica is also in %s", directory, self._slots[replica_id].directory)
+            return
+        self._slots[replica_id] = self._slot(replica_id, directory)
+
+    def _slot(self, replica_id: ReplicaId, directory: Path) -> Slot:
+        return Slot(self._stores, replica_id, directory, self._clock, self._turns)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self, limit_seconds: float = CLOSE_SECONDS) -> bool:
+        """Let running commits end, at most that long altogether, and close the stores; False if one did not end."""
+        deadline = time.monotonic() + limit_seconds
+        slots = list(self._slots.values())
+        for slot in slots:
+            slot.refuse()
+        ended = [slot.close(max(0.0, deadline - time.monotonic())) for slot in slots]
+        return all(ended)
+
+    def session(self, identity: str) -> Session:
+        """Act for `identity`. Raises nothing: every call asks anew whether it may."""
+        return Session(self, identity)
+
+    # --- what sessions do ---
+
+    def slot(self, identity: str, replica_id: ReplicaId) -> Slot:
+        """The slot of `identity`'s own replica. ForbiddenError, UnknownMachineError, or why it is unreadable."""
+        authorise(self.spec.allow, identity)
+        slot = self._slots.get(replica_id)
+        if slot is None:
+            raise unknown(replica_id)
+        check_owner(self._identity_of(slot).owner, identity, replica_id)
+        return slot
+
+    def _identity_of(self, slot: Slot) -> Identity:
+        """Whose replica this is. As long as that is unreadable nobody is told more than that."""
+        found = slot.identity()
+        if found is not None:
+            return found
+        try:
+            return slot.store().identity
+        except ReplicaError as error:
+            log.error("replica %s cannot be opened: %s", slot.replica_id, error)
+            raise type(error)(
+                f"replica {slot.replica_id} cannot be opened at the receiver", hint="the receiver's log says why"
+            ) from error
+
+    def owned(self, identity: str, machine: str) -> list[ReplicaInfo]:
+        """Every readable replica of `identity`, of one machine's name or of all."""
+        authorise(self.spec.allow, identity)
+        found = []
+        for slot in list(self._slots.values()):
+            who = slot.identity()
+            if who is None or who.owner != identity or machine not in ("", who.machine):
+                continue
+            try:
+                found.append(slot.info())
+            except ReplicaError as error:
+                log.warning("replica %s is left out of a list: %s", slot.replica_id, error)
+        return sorted(found, key=lambda info: (info.machine, info.replica_id))
+
+    def enrol(self, identity: str, replica_id: ReplicaId, enrol: Enrol) -> ReplicaInfo:
+        entry = authorise(self.spec.allow, identity)
+        key = DataKey(enrol.key_id, enrol.key)
+        with self._enrolling:
+            slot = self._slots.get(replica_id)
+            if slot is None:
+                present = [who for other in self._slots.values() if (who := other.identity()) is not None]
+                check_new(present, identity, enrol.machine)
+                slot = self._create(identity, replica_id, enrol, entry, key)
+            else:
+                present_identity = self._identity_of(slot)
+                check_owner(present_identity.owner, identity, replica_id)
+                check_again(present_identity, identity, enrol.machine, same_key=_has_key(slot, key))
+        return slot.info()
+
+    def _create(self, identity: str, replica_id: ReplicaId, enrol: Enrol, entry: AllowSpec, key: DataKey) -> Slot:
+        storage = self.spec.storages[entry.storage]
+        who = Identity(
+            replica_id=replica_id,
+            machine=enrol.machine,
+            owner=identity,
+            trust_group=entry.trust_group,
+            head_format=storage.head,
+            created_at_ns=time.time_ns(),
+        )
+        store = self._stores.create(storage.path, who, key, enrol.epoch)
+        slot = Slot(self._stores, replica_id, storage.path / str(replica_id), self._clock, self._turns, store)
+        self._slots = {**self._slots, replica_id: slot}
+        log.info(
+            "replica %s: enrolled machine %s of %s in storage %s", replica_id, enrol.machine, identity, storage.name
+        )
+        return slot
+
+    def reader(self, identity: str, replica_id: ReplicaId) -> Reader:
+        return self._stores.reader(self.slot(identity, replica_id).directory)
+
+    def tree(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
+        slot = self.slot(identity, replica_id)
+        if not 1 <= count <= MAX_TREE_NODES:
+            raise UnknownMachineError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
+        disk = find_disk(self._stores.reader(slot.directory).head, str(disk_id))
+        return self._stores.tree(slot.directory, disk, level, first, count)
+
+
+def _has_key(slot: Slot, key: DataKey) -> bool:
+    try:
+        return slot.store().has_key(key)
+    except KeyMissingError:
+        return False
+
+
+def _fails_to_open(slot: Slot) -> bool:
+    try:
+        store = slot.store()
+    except BusyError as error:
+        log.error("replica %s: %s", slot.replica_id, error)
+        return True
+    except ReplicaError as error:
+        log.error("replica %s cannot be opened: %s", slot.replica_id, error)
+        return True
+    if store.stopped is not None:
+        log.error("replica %s (%s) is stopped: %s", slot.replica_id, store.identity.machine, store.stopped)
+    return store.stopped is not None

@@ -1,0 +1,261 @@
+"""One replica in a running site: its store, opened when it can be, and its one commit at a time.
+
+A replica that cannot be opened (damaged, or locked by another process) is its
+own trouble only: its slot answers with that error and tries again at the next
+request, so that it comes back by itself when the cause is gone.
+
+A commit is a *job* in a thread of its own, so that no request waits for it
+longer than it said: manifest in, everything durable, head rewritten, old
+points rotated out. While it runs nothing else is begun here. Asked for again
+it is the same job. How it ended is kept until somebody has been told: a
+failure whose waiter had given up is the answer to the next one who asks.
+
+Locks: `_opening` guards taking the store, `_jobs` the fields about the job and
+the activity; neither is held while a store works. `_jobs` may be taken inside
+`_opening`, never the other way round.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from pathlib import Path
+
+from replica.errors import BaseMismatchError, BusyError, ReplicaError
+from replica.model import DeltaId, ReplicaId, rfc3339
+from replica.receiver.admission import Activity, check_adopt, check_delta
+from replica.receiver.stores import Store, Stores
+from replica.store import Identity
+from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """A commit under way, or its outcome."""
+
+    def __init__(self, delta_id: DeltaId) -> None:
+        self.delta_id = delta_id
+        self.done: Future[None] = Future()
+
+
+class Slot:
+    """A replica's place in the site. Thread-safe."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        replica_id: ReplicaId,
+        directory: Path,
+        clock: Callable[[], float],
+        turns: threading.Semaphore,
+        store: Store | None = None,
+    ) -> None:
+        """`turns` bounds how many replicas of the site rewrite their heads at the same time."""
+        self.replica_id = replica_id
+        self.directory = directory
+        self._stores = stores
+        self._clock = clock
+        self._turns = turns
+        self._store = store
+        self._identity = store.identity if store else None
+        self._opening = threading.Lock()
+        self._jobs = threading.Lock()
+        self._job: Job | None = None
+        self._active: Activity | None = None
+        self._closed = False
+
+    # --- what it is ---
+
+    def store(self) -> Store:
+        """The open store; opens it if it is not. Raises why it cannot be opened."""
+        with self._opening:
+            if self._closed:
+                raise BusyError("the receiver is shutting down", hint="try again when it runs again")
+            if self._store is None:
+                self._store = self._stores.open(self.directory)
+                self._identity = self._store.identity
+            return self._store
+
+    def identity(self) -> Identity | None:
+        """Who the replica is, also while its store cannot be opened; None if even that is unreadable."""
+        if self._identity is None:
+            with suppress(ReplicaError):
+                self._identity = self._stores.reader(self.directory).identity
+        return self._identity
+
+    def info(self) -> ReplicaInfo:
+        """What is so now. A replica that another process has locked is shown as it lies there, as stopped."""
+        try:
+            store = self.store()
+        except BusyError as error:
+            if self._closed:
+                raise
+            reader = self._stores.reader(self.directory)
+            who = reader.identity
+            return ReplicaInfo(
+                self.replica_id, who.machine, who.owner, reader.epoch, reader.head, stopped=to_problem(error)
+            )
+        who, stopped = store.identity, store.stopped
+        return ReplicaInfo(
+            replica_id=self.replica_id,
+            machine=who.machine,
+            owner=who.owner,
+            epoch=store.epoch,
+            head=store.head,
+            applying=self._working_on() or store.applying,
+            receiving=store.receiving,
+            stopped=to_problem(stopped) if stopped else None,
+        )
+
+    # --- taking a delta in ---
+
+    def adopt(self, adopt: Adopt) -> None:
+        store = self.store()
+        with self._jobs:
+            check_adopt(self._active, adopt.holder, self._clock())
+            self._refuse_while_working("adopt")
+        before = store.epoch
+        after = store.adopt(adopt.expected, adopt.holder)
+        if after != before:
+            log.warning("replica %s: adopted by another sender, epoch %d", self.replica_id, after.counter)
+
+    def begin(self, delta_id: DeltaId, begin: Begin) -> Begun:
+        store = self.store()
+        with self._jobs:
+            self._refuse_while_working("begin a delta")
+        try:
+            received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
+        except BaseMismatchError as error:
+            vars(error)["head"] = store.head.delta_id
+            raise
+        with self._jobs:
+            self._active = Activity(delta_id, begin.epoch, self._clock())
+            self._job = None
+        return Begun(received)
+
+    def receive(self, delta_id: DeltaId, frames: list[Frame]) -> None:
+        """Store segments whose digests were checked."""
+        store = self.store()
+        with self._jobs:
+            check_delta(self._active, delta_id, store.epoch)
+            self._refuse_while_working("store a segment")
+        for frame in frames:
+            store.receive(delta_id, frame.number, frame.offset, frame.digest, frame.blob)
+        with self._jobs:
+            if self._working_on() is None and store.receiving == delta_id:
+                self._active = Activity(delta_id, store.epoch, self._clock())
+
+    def discard(self, delta_id: DeltaId) -> None:
+        store = self.store()
+        with self._jobs:
+            self._refuse_while_working("discard a delta")
+        store.discard(delta_id)
+        self._end(delta_id)
+
+    # --- committing ---
+
+    def start_commit(self, delta_id: DeltaId, tail: bytes, tail_offset: int, keep_last: int) -> Job:
+        """The job that commits `delta_id`: a new one, the running one, or one whose failure nobody was told."""
+        store = self.store()
+        with self._jobs:
+            check_delta(self._active, delta_id, store.epoch)
+            job = self._job
+            if job is not None and job.delta_id == delta_id:
+                return job
+            self._refuse_while_working("commit a delta")
+            job = self._job = Job(delta_id)
+        arguments = (store, job, tail, tail_offset, keep_last)
+        threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
+        return job
+
+    def outcome(self, job: Job) -> ReplicaInfo:
+        """The end of a job that is done: the new state, or its error. Whoever asks has been told."""
+        with self._jobs:
+            if self._job is job:
+                self._job = None
+        job.done.result()
+        return self.info()
+
+    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int) -> None:
+        error: BaseException | None = None
+        try:
+            already = store.head.delta_id == job.delta_id and store.applying is None
+            if not already:
+                store.finish(job.delta_id, tail, tail_offset)
+            del tail
+            with self._turns:
+                state = store.commit(job.delta_id)
+            if not already:
+                log.info(
+                    "replica %s (%s): committed point %d of %s",
+                    self.replica_id,
+                    store.identity.machine,
+                    state.point,
+                    rfc3339(state.frozen_at_ns),
+                )
+            self._rotate(store, keep_last)
+        except ReplicaError as failure:
+            log.error("replica %s (%s): commit failed: %s", self.replica_id, store.identity.machine, failure)
+            error = failure
+        except BaseException as failure:
+            log.exception("replica %s: commit failed", self.replica_id)
+            error = failure
+        self._end(job.delta_id)
+        if error is None:
+            job.done.set_result(None)
+        else:
+            job.done.set_exception(error)
+
+    def _rotate(self, store: Store, keep_last: int) -> None:
+        """A point that could not be dropped harms nobody; the next commit tries again."""
+        try:
+            dropped = store.rotate(keep_last)
+        except ReplicaError as error:
+            log.warning("replica %s: cannot rotate points: %s", self.replica_id, error)
+            return
+        if dropped:
+            log.info("replica %s: rotated out %s", self.replica_id, ", ".join(map(str, dropped)))
+
+    # --- the job and the activity ---
+
+    def _working_on(self) -> DeltaId | None:
+        job = self._job
+        return job.delta_id if job is not None and not job.done.done() else None
+
+    def _refuse_while_working(self, what: str) -> None:
+        """Holding `_jobs`."""
+        delta_id = self._working_on()
+        if delta_id is not None:
+            raise BusyError(
+                f"cannot {what}: replica {self.replica_id} is committing delta {delta_id}",
+                hint="try again when that is done",
+            )
+
+    def _end(self, delta_id: DeltaId) -> None:
+        """The delta is committed, refused or given up: nobody is in the middle of it any more."""
+        with self._jobs:
+            if self._active is not None and self._active.delta_id == delta_id:
+                self._active = None
+
+    def refuse(self) -> None:
+        """From now on every request is answered that the receiver is shutting down."""
+        with self._opening:
+            self._closed = True
+
+    def close(self, limit_seconds: float) -> bool:
+        """After `refuse`: wait for the job, then give the store up. False if the job did not end in time."""
+        job = self._job
+        if job is not None:
+            wait([job.done], timeout=limit_seconds)
+            if not job.done.done():
+                log.error("replica %s: its commit takes too long; the next start finishes it", self.replica_id)
+                return False
+        with self._opening:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+        return True

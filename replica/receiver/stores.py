@@ -1,0 +1,119 @@
+"""The stores as the site sees them: the protocols it works with and the one that lives in directories.
+
+The site's own tests stand in for these with stores that block or fail on command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+from uuid import UUID
+
+from replica.delta import DataKey
+from replica.durable import FileSystem
+from replica.errors import ProtocolError, ReplicaError
+from replica.merkle import FileNodes, MerkleTree
+from replica.model import DeltaId, Disk, DiskId, Epoch, State
+from replica.store import Identity, PointInfo, ReplicaReader, ReplicaStore, replica_directories
+from replica.store.layout import Layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Store(Protocol):
+    """The writer of one replica (`ReplicaStore`)."""
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def head(self) -> State: ...
+    @property
+    def epoch(self) -> Epoch: ...
+    @property
+    def applying(self) -> DeltaId | None: ...
+    @property
+    def receiving(self) -> DeltaId | None: ...
+    @property
+    def stopped(self) -> ReplicaError | None: ...
+    def has_key(self, key: DataKey) -> bool: ...
+    def adopt(self, expected: Epoch, holder: UUID) -> Epoch: ...
+    def begin(self, delta_id: DeltaId, base: DeltaId, epoch: Epoch, header: bytes) -> list[tuple[int, int]]: ...
+    def receive(self, delta_id: DeltaId, number: int, offset: int, digest: bytes, blob: memoryview) -> None: ...
+    def finish(self, delta_id: DeltaId, tail: bytes, tail_offset: int) -> None: ...
+    def commit(self, delta_id: DeltaId) -> State: ...
+    def discard(self, delta_id: DeltaId) -> None: ...
+    def rotate(self, keep_last: int) -> list[int]: ...
+    def close(self) -> None: ...
+
+
+class OpenPoint(Protocol):
+    """A pinned point (`PointReader`)."""
+
+    @property
+    def state(self) -> State: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None: ...
+
+
+class Reader(Protocol):
+    """Reading one replica beside its writer (`ReplicaReader`)."""
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def epoch(self) -> Epoch: ...
+    @property
+    def head(self) -> State: ...
+    def points(self) -> list[PointInfo]: ...
+    def open_point(self, number: int | None = None) -> OpenPoint: ...
+
+
+class Stores(Protocol):
+    """Where stores come from."""
+
+    def directories(self, storage: Path) -> list[Path]:
+        """The directory of every replica in a storage."""
+
+    def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:
+        """Make a replica's directory and open it."""
+
+    def open(self, directory: Path) -> Store:
+        """Take the lock and recover."""
+
+    def reader(self, directory: Path) -> Reader:
+        """Look at a replica without its lock."""
+
+    def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
+        """Digests of the head's Merkle tree, 32 bytes each."""
+
+
+class FileStores:
+    """Replicas in directories of a file system. Thread-safe."""
+
+    def __init__(self, fs: FileSystem) -> None:
+        self._fs = fs
+
+    def directories(self, storage: Path) -> list[Path]:
+        self._fs.make_directory(storage)
+        return replica_directories(self._fs, storage)
+
+    def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:
+        return ReplicaStore.create(self._fs, storage, identity, key, epoch)
+
+    def open(self, directory: Path) -> Store:
+        return ReplicaStore.open(self._fs, directory)
+
+    def reader(self, directory: Path) -> Reader:
+        return ReplicaReader(self._fs, directory)
+
+    def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
+        with self._fs.open(Layout(directory).tree(disk.id)) as file:
+            try:
+                return MerkleTree(FileNodes(file), disk.leaf_bytes).level(level, first, count).tobytes()
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
