@@ -1,0 +1,169 @@
+"""What a sender does next: a pure decision about what both sides know.
+
+    while True:
+        step = next_step(primary, replica)
+        if isinstance(step, Ship): break           # read the source and send a delta
+        ...                                        # do the step, look at both sides again
+
+The sender knows the state its trackers describe (`head`) and perhaps one delta
+(`pending`) whose commit it may have asked for and never saw answered. The
+replica knows its head, and whether it is at work on a delta. The table, from
+the top; the first row that fits is the answer:
+
+    replica of another holder's epoch, or of a later one     FencedError
+    replica of an earlier epoch                              ConflictError (its storage was put back)
+    replica is applying a delta                              Wait
+    replica's head is `pending`, roots equal                 Fold
+    replica still holds `pending` without applying it        Cancel, then look again: only now it is definite
+    `pending` and another head                               DiscardPending
+    the machine's disks are not those of the head            SizeChangedError, ConflictError
+    replica's head is empty                                  Ship INITIAL
+    replica's head is the sender's, trackers trusted         Ship INCREMENTAL
+    any other head                                           Ship RESYNC
+
+A delta always starts from the replica's head as the replica names it; the
+number of its point is the head's plus one.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from replica.errors import ConflictError, FencedError, SizeChangedError
+from replica.model import DeltaId, Disk, Epoch, Frozen, State
+
+
+class PrimaryView(Frozen, frozen=True):
+    """What the sender's state says. `disks` are the machine's disks as they are now, sorted by id."""
+
+    machine: str
+    epoch: Epoch
+    disks: tuple[Disk, ...]
+    head: State | None
+    pending: State | None = None
+    trusted: bool = True
+
+
+class ReplicaView(Frozen, frozen=True):
+    """What the receiver says."""
+
+    epoch: Epoch
+    head: State
+    applying: DeltaId | None = None
+    receiving: DeltaId | None = None
+
+
+class Wait(Frozen, frozen=True):
+    """The replica is at work on `delta_id`; ask again."""
+
+    delta_id: DeltaId
+
+
+class Cancel(Frozen, frozen=True):
+    """Ask the receiver to give `delta_id` up, so that nothing can commit it later."""
+
+    delta_id: DeltaId
+
+
+class Fold(Frozen, frozen=True):
+    """The pending delta was committed: the trackers become what it made."""
+
+    result: State
+
+
+class DiscardPending(Frozen, frozen=True):
+    """The pending delta was not and will not be committed."""
+
+    delta_id: DeltaId
+
+
+class Mode(StrEnum):
+    """How a delta comes about."""
+
+    INITIAL = "initial"  # all that is not zero, onto nothing
+    INCREMENTAL = "incremental"  # what differs from the stored digests
+    RESYNC = "resync"  # everything, onto a head that the trackers do not describe
+
+
+class Ship(Frozen, frozen=True):
+    """Make a delta from `base` and send it."""
+
+    mode: Mode
+    base: State
+
+    @property
+    def point(self) -> int:
+        return self.base.point + 1
+
+
+Step = Wait | Cancel | Fold | DiscardPending | Ship
+
+
+def next_step(primary: PrimaryView, replica: ReplicaView) -> Step:
+    """The table above. Raises FencedError, ConflictError or SizeChangedError: a decision for somebody else."""
+    check_epoch(primary, replica)
+    if replica.applying is not None:
+        return Wait(replica.applying)
+    if primary.pending is not None:
+        return _settle(primary.pending, replica)
+    if replica.head.is_empty:
+        return Ship(Mode.INITIAL, replica.head)
+    check_disks(primary.machine, primary.disks, replica.head)
+    if primary.trusted and primary.head == replica.head:
+        return Ship(Mode.INCREMENTAL, replica.head)
+    return Ship(Mode.RESYNC, replica.head)
+
+
+def _settle(pending: State, replica: ReplicaView) -> Step:
+    """What became of a delta whose commit may have been asked for."""
+    if replica.head == pending:
+        return Fold(pending)
+    if pending.delta_id == replica.receiving:
+        return Cancel(pending.delta_id)
+    return DiscardPending(pending.delta_id)
+
+
+def check_epoch(primary: PrimaryView, replica: ReplicaView) -> None:
+    """Raise unless the replica takes deltas of exactly the sender's epoch."""
+    if replica.epoch == primary.epoch:
+        return
+    if replica.epoch.counter < primary.epoch.counter:
+        raise ConflictError(
+            f"the replica of machine {primary.machine!r} is at epoch {replica.epoch.counter}, "
+            f"older than this primary's {primary.epoch.counter}",
+            hint="its storage was put back to an earlier time: move this machine's state directory away to adopt it",
+        )
+    raise FencedError(
+        f"machine {primary.machine!r}: another primary took the replica over "
+        f"(epoch {replica.epoch.counter}, this one's is {primary.epoch.counter})",
+        hint="if this is the one to go on, stop the other and move this machine's state directory away to adopt it",
+    )
+
+
+def check_disks(machine: str, disks: tuple[Disk, ...], head: State) -> None:
+    """Raise unless the machine has exactly the disks of the replica's head, with the same names and sizes."""
+    held = {state.disk.id: state.disk for state in head.disks}
+    for disk in disks:
+        other = held.pop(disk.id, None)
+        if other is None:
+            raise ConflictError(
+                f"machine {machine!r} has a disk {disk.name!r} that its replica does not have",
+                hint="adding a disk is not supported yet; replicate it as a machine of its own",
+            )
+        if other.size_bytes != disk.size_bytes:
+            raise SizeChangedError(
+                f"disk {disk.name!r} of machine {machine!r} has {disk.size_bytes} bytes, "
+                f"its replica {other.size_bytes}",
+                hint="resizing is not supported yet; give the image its former size, or enrol it as a new machine",
+            )
+        if other != disk:
+            raise ConflictError(
+                f"disk {disk.name!r} of machine {machine!r} was {other.name!r} with another geometry at its replica",
+                hint="give it back its former name, grain and leaf size",
+            )
+    if held:
+        names = ", ".join(repr(disk.name) for disk in held.values())
+        raise ConflictError(
+            f"the replica of machine {machine!r} has disks that the machine has no more: {names}",
+            hint="removing a disk is not supported yet; put it back into the configuration",
+        )
