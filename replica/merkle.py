@@ -37,6 +37,7 @@ yet, and repeating it after a crash ends in the same tree.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import blake3
@@ -89,6 +90,9 @@ class Nodes(Protocol):
     def clear(self, level: int, first_block: int) -> None:
         """Make every block of the level from `first_block` on zero."""
 
+    def stored(self, level: int, stop_block: int) -> Iterator[tuple[int, int]]:
+        """Ascending half-open ranges of blocks below `stop_block`; every block outside of them is zero."""
+
 
 class MemoryNodes:
     """Digests on the heap: for tests, and for disks that live in memory."""
@@ -109,6 +113,10 @@ class MemoryNodes:
     def clear(self, level: int, first_block: int) -> None:
         for key in [k for k in self._blocks if k[0] == level and k[1] >= first_block]:
             del self._blocks[key]
+
+    def stored(self, level: int, stop_block: int) -> Iterator[tuple[int, int]]:
+        blocks = sorted(block for at, block in self._blocks if at == level and block < stop_block)
+        return ((block, block + 1) for block in blocks)
 
 
 class FileNodes:
@@ -133,6 +141,14 @@ class FileNodes:
         start = _OFFSETS[level] + first_block * BLOCK_BYTES
         stop = _OFFSETS[level - 1] if level else self._file.size()
         self._file.zero(start, stop - start)
+
+    def stored(self, level: int, stop_block: int) -> Iterator[tuple[int, int]]:
+        start, reached = _OFFSETS[level], 0
+        for offset, length in self._file.data_runs(start, start + stop_block * BLOCK_BYTES):
+            first = max(reached, (offset - start) // BLOCK_BYTES)
+            reached = -(-(offset + length - start) // BLOCK_BYTES)
+            if first < reached:
+                yield first, reached
 
 
 class MerkleTree:
@@ -162,6 +178,11 @@ class MerkleTree:
             digests[done : done + part] = self._nodes.read(level, block)[start : start + part]
             done += part
         return digests
+
+    def stored_leaves(self, count_leaves: int) -> Iterator[tuple[int, int]]:
+        """Ascending half-open ranges of leaves, at most `count_leaves`; every leaf outside of them is zero."""
+        for first, stop in self._nodes.stored(0, -(-count_leaves // FAN_OUT)):
+            yield first * FAN_OUT, min(stop * FAN_OUT, count_leaves)
 
     def update(self, write: bool) -> TreeUpdate:
         """Begin a change; without `write` it only computes and the stored tree stays as it is."""

@@ -193,3 +193,14 @@ def test_misuse_is_refused() -> None:
     for level, first, count in [(5, 0, 1), (0, -1, 1), (4, 1, 1), (1, 2**24, 1)]:
         with pytest.raises(ValueError, match="level"):
             tree.level(level, first, count)
+
+
+@pytest.mark.parametrize("size", [0, 3, 300, 70001, 70000])
+def test_stored_leaves_leave_out_zeros_only(make_nodes: Callable[[], Nodes], size: int) -> None:
+    tree = MerkleTree(make_nodes())
+    put(tree, dict.fromkeys([2, 5, 299, 70000], b"\x01" * 32))
+    ranges = list(tree.stored_leaves(size))
+    covered = [i for first, stop in ranges for i in range(first, stop)]
+    assert covered == sorted(set(covered))
+    assert {i for i in [2, 5, 299, 70000] if i < size} <= set(covered) <= set(range(size))
+    assert len(covered) <= 4 * 256
