@@ -64,10 +64,6 @@ class BlockMap:
         self._bitmaps: OrderedDict[int, Bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    @property
-    def count_allocated(self) -> int:
-        return int(np.count_nonzero(self._table != NO_BLOCK))
-
     def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges of the disk that lie in allocated blocks and in no hole of the file (may touch)."""
         cursor = DataCursor(self.source)
