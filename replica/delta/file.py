@@ -1,142 +1,159 @@
-"""Delta files: written once, read at random.
+"""Reading delta files: header ‖ segments in any order ‖ sealed manifest ‖ trailer.
 
-skeleton
+Opening a file checks everything but the segments: header, key commitment,
+trailer, manifest, and that the segments it names fill the file exactly. After
+that nothing is read past what an authentic number asked for. `segment` checks
+one segment against the manifest; `verify` checks them all, and is what a
+receiver runs before it lets a delta near a head.
+
+A reader is a `Delta` (walk it in order) and a `Layer` (read it at random, see
+`read`). It holds the manifest as a table and opens one segment at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from replica.delta.change import DiskChange
-from replica.delta.extents import Rows
-from replica.delta.header import Header
-from replica.delta.keys import DataKey, KeySource
-from replica.delta.manifest import Manifest, SegmentEntry
-from replica.delta.segment import SealedSegment, Segment
-from replica.durable import File, FileSystem
-from replica.model import DeltaId, Epoch, ReplicaId, State
+import numpy as np
+from blake3 import blake3
 
-if TYPE_CHECKING:
-    pass
-
-
-class DeltaSealer:
-    """The sender's side of one delta: pure, thread-safe, nothing touches a file.
-
-    `allot()` gives out numbers in the order of the segments; `seal` may then
-    run in any thread, in any order. `tail` seals the manifest, once.
-    """
-
-    header: bytes
-
-    def __init__(self, key: DataKey, replica_id: ReplicaId, delta_id: DeltaId, epoch: Epoch, level: int = 1) -> None:
-        raise NotImplementedError
-
-    def allot(self) -> int:
-        raise NotImplementedError
-
-    def seal(self, segment: Segment, number: int | None = None) -> SealedSegment:
-        """Seal under `number` (from `allot`), or under the next one."""
-        raise NotImplementedError
-
-    def tail(self, entries: Iterable[SegmentEntry], base: State, result: State) -> bytes:
-        """Sealed manifest and trailer: the end of the file. Entries in number order, all that were allotted.
-
-        The tail's offset is where the last segment in file order ends.
-        """
-        raise NotImplementedError
-
-
-class DeltaWriter:
-    """Writes a delta file in one go: the receiver's inverses. Not thread-safe (it seals in its own threads)."""
-
-    def __init__(
-        self,
-        fs: FileSystem,
-        path: Path,
-        key: DataKey,
-        replica_id: ReplicaId,
-        delta_id: DeltaId,
-        epoch: Epoch,
-        level: int = 1,
-    ) -> None:
-        raise NotImplementedError
-
-    def add(self, segment: Segment) -> None:
-        raise NotImplementedError
-
-    def finish(self, base: State, result: State) -> None:
-        """Manifest and trailer, fsync, close. The file is complete but has still the name it was opened with."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close without finishing (idempotent); the caller unlinks what is there."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+from replica.delta.change import DiskChange, check_rows, check_segment
+from replica.delta.extents import Rows, stop_of
+from replica.delta.header import HEADER_BYTES, MIN_MANIFEST_BYTES, TRAILER_BYTES, decode_header, decode_trailer
+from replica.delta.keys import KeySource
+from replica.delta.manifest import SegmentEntry, check_layout, decode_manifest
+from replica.delta.seal import TAG_BYTES, Kind, Opener
+from replica.delta.segment import PREFIX_BYTES, Segment, Table, open_chunk, open_segment, open_table, table_bytes
+from replica.durable import File
+from replica.errors import FormatError
+from replica.model import DeltaId, State
+from replica.progress import Progress, silent
 
 
 class DeltaFileReader:
-    """An open delta file: a `Delta` and a `Layer`. Thread-safe. Owns `file` and closes it.
+    """An open delta file. Thread-safe. Owns `file`, and closes it even when it turns out to be no delta.
 
-    The constructor checks header, trailer, key, manifest and that the segments fill the file exactly.
+    Raises FormatError (no complete delta file), KeyMissingError, DamageError (a seal does not fit),
+    StorageError (cannot read).
     """
 
-    header: Header
-    manifest: Manifest
-
     def __init__(self, file: File, keys: KeySource) -> None:
-        raise NotImplementedError
+        self._file = file
+        self.name = str(file.path)
+        try:
+            self._open(keys)
+        except BaseException:
+            file.close()
+            raise
+
+    def _open(self, keys: KeySource) -> None:
+        size = self._file.size()
+        if size < HEADER_BYTES + MIN_MANIFEST_BYTES + TRAILER_BYTES:
+            raise FormatError(f"{self.name} has {size} bytes, too few for a delta file")
+        self.header = decode_header(self._read(0, HEADER_BYTES), self.name)
+        trailer = decode_trailer(self._read(size - TRAILER_BYTES, TRAILER_BYTES), size, self.name)
+        self._opener = Opener(self.header, keys, self.name)
+        sealed = self._read(trailer.manifest_offset, trailer.manifest_bytes)
+        plain = self._opener.open(Kind.MANIFEST, 0, 0, sealed, len(sealed) - TAG_BYTES)
+        self.manifest = decode_manifest(plain, self.name)
+        if self.manifest.delta_id != self.header.delta_id or self.base.replica_id != self.header.replica_id:
+            raise FormatError(f"the manifest of {self.name} belongs to another delta")
+        check_layout(self.manifest.table, trailer.manifest_offset, self.name)
+        self.stored_bytes = size
 
     @property
     def delta_id(self) -> DeltaId:
-        raise NotImplementedError
+        return self.manifest.delta_id
 
     @property
     def base(self) -> State:
-        raise NotImplementedError
+        return self.manifest.base
 
     @property
     def result(self) -> State:
-        raise NotImplementedError
+        return self.manifest.result
 
     @property
     def disks(self) -> tuple[DiskChange, ...]:
-        raise NotImplementedError
+        return self.manifest.disks
 
-    @property
-    def stored_bytes(self) -> int:
-        raise NotImplementedError
+    def __len__(self) -> int:
+        """Number of segments."""
+        return len(self.manifest.table)
 
-    @property
-    def raw_bytes(self) -> int | None:
-        raise NotImplementedError
+    def entry(self, number: int) -> SegmentEntry:
+        disk, length, offset, first, last, digest = self.manifest.table[number].item()
+        return SegmentEntry(number, disk, offset, length, first, last, bytes(digest))
 
     def segment(self, number: int) -> Segment:
-        raise NotImplementedError
+        """One segment, read, opened and checked to be canonical. DamageError, FormatError."""
+        entry = self.entry(number)
+        blob = self._read(entry.offset, entry.length)
+        if blake3(blob).digest() != entry.digest:
+            raise FormatError(f"segment {number} of {self.name} is not the one its manifest names")
+        change = self.disks[entry.disk]
+        segment = open_segment(self._opener, number, blob, change.grain_bytes)
+        self._check_range(entry, segment.disk, segment.extents)
+        check_segment(change, segment)
+        return segment
 
     def segments(self) -> Iterator[Segment]:
-        raise NotImplementedError
+        """All, in number order; one in memory at a time."""
+        return (self.segment(n) for n in range(len(self)))
+
+    def table(self, number: int) -> Table:
+        """A segment's extents and chunks, without reading its payload. Opened anew at every call."""
+        entry = self.entry(number)
+        length = table_bytes(self._read(entry.offset, PREFIX_BYTES), number, entry.length, self.name)
+        table = open_table(self._opener, number, self._read(entry.offset + PREFIX_BYTES, length), entry.length)
+        self._check_range(entry, table.disk, table.extents)
+        check_rows(self.disks[entry.disk], table.extents)
+        return table
+
+    def chunk(self, table: Table, index: int) -> bytes:
+        """Raw bytes of one chunk of a segment's payload. Opened anew at every call."""
+        start, stop = (int(table.sealed_starts[i]) for i in (index, index + 1))
+        return open_chunk(self._opener, table, index, self._read(self.entry(table.number).offset + start, stop - start))
 
     def extents(self) -> Iterator[tuple[int, Rows]]:
-        raise NotImplementedError
+        """(disk index, rows) of all segments in number order; no payload is read."""
+        return ((t.disk, t.extents) for t in (self.table(n) for n in range(len(self))))
 
-    def verify(self) -> None:
-        """Read and open everything; DamageError at the first byte that is not as sealed."""
-        raise NotImplementedError
+    def overlapping(self, disk: int, first: int, stop: int) -> range:
+        """Numbers of the segments of `disk` that may touch grains [first, stop)."""
+        table = self.manifest.table
+        low, high = (int(np.searchsorted(table["disk"], disk, side)) for side in ("left", "right"))
+        part = table[low:high]
+        begin = low + int(np.searchsorted(part["last"], np.uint64(first), "left"))
+        end = low + int(np.searchsorted(part["first"], np.uint64(stop), "left"))
+        return range(begin, max(begin, end))
+
+    def verify(self, progress: Progress = silent) -> None:
+        """Read and open everything. DamageError or FormatError at the first thing that is not as sealed."""
+        done = 0
+        for number in range(len(self)):
+            self.segment(number)
+            done += int(self.manifest.table["length"][number])
+            progress(done, self.stored_bytes)
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _check_range(self, entry: SegmentEntry, disk: int, rows: Rows) -> None:
+        if (disk, int(rows["first"][0]), stop_of(rows) - 1) != (entry.disk, entry.first, entry.last):
+            raise FormatError(f"segment {entry.number} of {self.name} covers something else than its manifest says")
+
+    def _read(self, offset: int, length: int) -> bytes:
+        """Exactly that; the numbers were checked against the file's size."""
+        data = self._file.read(offset, length)
+        if len(data) != length:
+            raise FormatError(f"{self.name} ends inside of what it holds")
+        return data

@@ -33,12 +33,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from replica.delta.header import COMMITMENT_BYTES, SALT_BYTES, Header
-from replica.delta.keys import DataKey, KeySource
+from replica.delta.keys import DataKey, Keyring, KeySource
 from replica.errors import DamageError, KeyMissingError
 from replica.model import DeltaId, Epoch, ReplicaId
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+__all__ = ["DataKey", "KeySource", "Keyring", "Kind", "Opener", "Sealer", "derive"]
 
 TAG_BYTES = 16
 AES_KEY_BYTES = 32

@@ -43,11 +43,12 @@ STORED, COMPRESSED = 0, 1
 DEFAULT_LEVEL = 1
 
 _PREFIX = struct.Struct("<II")
+PREFIX_BYTES = _PREFIX.size
 _TABLE = struct.Struct("<III")
 CHUNK = np.dtype([("raw", "<u4"), ("flags", "<u4"), ("sealed", "<u4")])
 MAX_TABLE_BYTES = TAG_BYTES + _TABLE.size + MAX_CHUNKS * CHUNK.itemsize + MAX_EXTENTS * 20
-MAX_BLOB_BYTES = _PREFIX.size + MAX_TABLE_BYTES + SEGMENT_RAW_BYTES + MAX_CHUNKS * TAG_BYTES
-MIN_BLOB_BYTES = _PREFIX.size + TAG_BYTES + _TABLE.size + 2
+MAX_BLOB_BYTES = PREFIX_BYTES + MAX_TABLE_BYTES + SEGMENT_RAW_BYTES + MAX_CHUNKS * TAG_BYTES
+MIN_BLOB_BYTES = PREFIX_BYTES + TAG_BYTES + _TABLE.size + 2
 """A table of one extent and no chunk."""
 
 
@@ -178,7 +179,7 @@ def table_bytes(prefix: Buffer, number: int, blob_bytes: int, name: str) -> int:
     found, length = _PREFIX.unpack(prefix)
     if found != number:
         raise FormatError(f"where {name} should have segment {number} lies segment {found}")
-    if not TAG_BYTES < length <= min(MAX_TABLE_BYTES, blob_bytes - _PREFIX.size):
+    if not TAG_BYTES < length <= min(MAX_TABLE_BYTES, blob_bytes - PREFIX_BYTES):
         raise FormatError(f"segment {number} of {name} says its table has {length} bytes")
     return int(length)
 
@@ -200,7 +201,7 @@ def open_table(opener: Opener, number: int, sealed: Buffer, blob_bytes: int) -> 
     except ValueError as error:
         raise FormatError(f"{where}: {error}") from error
     raw_starts = np.concatenate(([0], np.cumsum(chunks["raw"], dtype=np.int64)))
-    sealed_starts = np.cumsum(np.concatenate(([_PREFIX.size + len(sealed)], chunks["sealed"].astype(np.int64))))
+    sealed_starts = np.cumsum(np.concatenate(([PREFIX_BYTES + len(sealed)], chunks["sealed"].astype(np.int64))))
     opened = Table(number, disk, extents, chunks, raw_starts, sealed_starts)
     _check_chunks(opened, count_extents, blob_bytes, where)
     return opened
@@ -245,8 +246,8 @@ def open_segment(opener: Opener, number: int, blob: Buffer, grain_bytes: int) ->
     view = memoryview(blob).cast("B")
     if not MIN_BLOB_BYTES <= len(view) <= MAX_BLOB_BYTES:
         raise FormatError(f"segment {number} of {opener.name} has {len(view)} bytes")
-    length = table_bytes(view[: _PREFIX.size], number, len(view), opener.name)
-    table = open_table(opener, number, view[_PREFIX.size : _PREFIX.size + length], len(view))
+    length = table_bytes(view[:PREFIX_BYTES], number, len(view), opener.name)
+    table = open_table(opener, number, view[PREFIX_BYTES : PREFIX_BYTES + length], len(view))
     if table.payload_bytes != count_data(table.extents) * grain_bytes:
         raise FormatError(f"segment {number} of {opener.name} has not the payload its extents need")
     starts = table.sealed_starts
@@ -259,6 +260,6 @@ def check_blob(blob: Buffer, digest: bytes, number: int) -> None:
     view = memoryview(blob).cast("B")
     if not MIN_BLOB_BYTES <= len(view) <= MAX_BLOB_BYTES:
         raise FormatError(f"segment {number} has {len(view)} bytes; {MIN_BLOB_BYTES} to {MAX_BLOB_BYTES} are possible")
-    table_bytes(view[: _PREFIX.size], number, len(view), "the delta")
+    table_bytes(view[:PREFIX_BYTES], number, len(view), "the delta")
     if blake3(as_bytes(view).data).digest() != digest:
         raise FormatError(f"segment {number} is not what its digest says")
