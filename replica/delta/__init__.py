@@ -10,7 +10,7 @@ from replica.delta.change import Delta, DiskChange, MemoryDelta, disk_changes
 from replica.delta.compose import compose, compose_segments
 from replica.delta.diff import diff, hole_rows, window_rows
 from replica.delta.extents import DATA, EXTENT, ZERO, Rows, rows_of
-from replica.delta.file import DeltaFileReader, DeltaSealer, DeltaWriter
+from replica.delta.file import DeltaFileReader
 from replica.delta.head import Head
 from replica.delta.header import HEADER_BYTES, TRAILER_BYTES, Header, Trailer, decode_header, decode_trailer
 from replica.delta.keys import DataKey, Keyring, KeySource, MemoryKeys
@@ -26,6 +26,7 @@ from replica.delta.segment import (
     open_segment,
     seal_segment,
 )
+from replica.delta.writer import DeltaSealer, DeltaWriter
 
 __all__ = [
     "DATA",

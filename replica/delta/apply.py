@@ -1,43 +1,308 @@
-"""apply: three streaming passes over a delta.
+"""apply: a delta becomes the head, and leaves behind the delta that leads back.
 
-    prepare(head, delta, sink)       reads only: checks the old leaves, computes the result's roots, emits the inverse
-    write(head, delta)               idempotent
-    settle(head, delta, inverse)     idempotent: re-reads the changed leaves, rewrites the tree
+Three streaming passes, so that the store can put its durability barriers
+between them (docs/ARCHITECTURE.md, "Commit"):
 
-skeleton
+    prepare(head, delta, sink)      reads only. Every leaf that will change is read and checked against the tree;
+                                    the inverse's segments go to `sink`, from those same buffers; the roots that
+                                    will result are computed and compared with the manifest's.
+    write(head, delta)              the disks and the extents. Reads nothing; may be repeated.
+    head.flush()
+    settle(head, delta, inverse)    what changed is read back, the tree rewritten, the roots compared again.
+                                    May be repeated.
+
+Rolling back is `write(head, inverse)` and `settle(head, inverse, delta)`.
+
+What the inverse carries, for a disk that goes from p to q grains: every grain
+the delta covers, and every grain from q to p (it is cut off). Canonical as any
+delta: zeros at or after q are omitted, since growing back makes them.
+
+Why `settle` takes both deltas. It must know which leaves may differ from what
+the tree says, also when an earlier `settle` was interrupted and the tree is half
+written; so it must not ask the tree. A leaf changes only if it gets data or
+loses data, that is where the delta or its inverse has a DATA extent. (And the
+leaf at the smaller of the two sizes, and all behind the end if the disk shrank.)
 """
 
 from __future__ import annotations
 
-from replica.delta.change import Delta, MemoryDelta
-from replica.delta.head import Head
-from replica.delta.pack import Sink
-from replica.model import DiskState
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from replica import _native
+from replica.delta.change import Delta, DiskChange, MemoryDelta, check_segment
+from replica.delta.extents import DATA, ZERO, Rows, as_bytes, count_data, grains_of, rows_of, rows_of_grains, stop_of
+from replica.delta.head import Head, MemoryHead
+from replica.delta.leaves import PIECE_BYTES, Blank, ByDisk, Leaves, Piece, aligned, leaf_runs, pieces, runs_of, union
+from replica.delta.pack import Packer, Sink
+from replica.delta.segment import Segment
+from replica.errors import BaseMismatchError, DamageError, FormatError, RootMismatchError
+from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests
+from replica.model import DIGEST_BYTES, DeltaId, DiskState, State, random_id
 from replica.progress import Progress, silent
 
 
-def prepare(head: Head, delta: Delta, sink: Sink, progress: Progress = silent) -> tuple[DiskState, ...]:
-    """Pass 1, touches nothing. The inverse's segments go to `sink` in order (its base is delta.result, its result
-    delta.base, same disk table). Returns the result's disks with their roots.
+class Extents(Protocol):
+    """Where a delta has extents: all that `settle` wants to know of the other direction."""
 
-    BaseMismatchError (head is not delta.base), FormatError (not canonical), DamageError (an old leaf is not what
-    the tree says: fields disk, offset, length), RootMismatchError (result's roots are not the manifest's).
+    def extents(self) -> Iterator[tuple[int, Rows]]: ...
+
+
+class LeafDamageError(DamageError):
+    """Leaves of the head are not what its tree says: nothing was changed."""
+
+    def __init__(self, disk: str, offset: int, length: int) -> None:
+        super().__init__(
+            f"disk {disk!r} of the head is damaged: {length} bytes at {offset} are not what its Merkle tree says",
+            hint="the storage under the head lost or changed them; the older points do not need these bytes",
+        )
+        self.disk, self.offset, self.length = disk, offset, length
+
+
+def prepare(head: Head, delta: Delta, sink: Sink, progress: Progress = silent) -> tuple[DiskState, ...]:
+    """Pass 1: check everything and change nothing. Returns the result's disks with their roots.
+
+    The inverse's segments (base: the delta's result, result: its base, the same disk table) go to `sink` in order.
+
+    Raises BaseMismatchError (the head is not the delta's base), FormatError (not canonical), LeafDamageError
+    (an old leaf is not what the tree says), RootMismatchError (another result than the manifest names).
     """
-    raise NotImplementedError
+    if head.state != delta.base:
+        raise BaseMismatchError(
+            f"delta {delta.delta_id} starts from state {delta.base.delta_id}, the head is {head.state.delta_id}"
+        )
+    packer = Packer(sink)
+    segments = ByDisk((s.disk, s) for s in delta.segments())
+    total, done, roots = _total_bytes(delta, progress), 0, []
+    for index, change in enumerate(delta.disks):
+        one = _PrepareDisk(head, index, change, packer)
+        for rows, payload in aligned(one.parts(segments.take(index)), one.per_leaf, change.grain_bytes):
+            for piece in pieces(rows, payload, change, one.tree):
+                one.add(piece)
+                done += len(piece.payload) if isinstance(piece, Piece) else 0
+                progress(done, total)
+        root = one.finish()
+        if change.after:
+            roots.append(DiskState(change.after, root))
+    segments.finish()
+    packer.flush()
+    return _check_roots(tuple(roots), delta.result)
+
+
+class _PrepareDisk:
+    """One disk's part of pass 1."""
+
+    def __init__(self, head: Head, index: int, change: DiskChange, packer: Packer) -> None:
+        self._head, self._index, self._change, self._packer = head, index, change, packer
+        self.per_leaf = change.leaf_bytes // change.grain_bytes
+        self.tree = head.tree(change.disk_id) if change.before else MerkleTree(MemoryNodes(), change.leaf_bytes)
+        self._update = self.tree.update(write=False)
+        self._covered_stop = 0
+
+    def parts(self, segments: Iterator[Segment]) -> Iterator[tuple[Rows, memoryview]]:
+        """The delta's rows, and as the last one what is cut off, as zeros."""
+        change = self._change
+        for segment in segments:
+            check_segment(change, segment)
+            self._covered_stop = stop_of(segment.extents)
+            yield segment.extents, as_bytes(segment.payload).data
+        self._check_cut()
+        if change.result_grains < change.base_grains:
+            cut = change.base_grains - change.result_grains
+            yield rows_of([(change.result_grains, cut, ZERO)]), memoryview(b"")
+
+    def _check_cut(self) -> None:
+        """FormatError if the disk is cut inside a grain that loses content and is not in the delta."""
+        change = self._change
+        stop = min(change.base_bytes, change.result_grains * change.grain_bytes)
+        if self._covered_stop < change.result_grains and change.result_bytes < stop:
+            rest = np.zeros(stop - change.result_bytes, dtype=np.uint8)
+            self._head.read_into(change.disk_id, change.result_bytes, rest.data)
+            if rest.any():
+                raise FormatError(f"the delta cuts disk {change.disk.name!r} inside a grain that it does not carry")
+
+    def add(self, piece: Piece | Blank) -> None:
+        """Inverse and new digests of the next leaves."""
+        change = self._change
+        if isinstance(piece, Blank):
+            if piece.first < change.result_grains:
+                rows = rows_of([(piece.first, piece.stop - piece.first, ZERO)])
+                self._packer.add(self._index, change.grain_bytes, rows, b"")
+            return
+        grains = grains_of(piece.rows).astype(np.int64)
+        slots = np.searchsorted(piece.leaves, grains // self.per_leaf)
+        places = slots * self.per_leaf + grains % self.per_leaf
+        leaves = self._read(piece.leaves, np.bincount(slots, minlength=len(piece.leaves)) == self.per_leaf)
+        self._emit(leaves, grains, places)
+        data = np.repeat(piece.rows["data"] == DATA, piece.rows["count"].astype(np.int64))
+        view = leaves.reshape(-1, change.grain_bytes)
+        view[places[data]] = as_bytes(piece.payload).reshape(-1, change.grain_bytes)
+        view[places[~data]] = 0
+        self._put(piece.leaves, leaves)
+
+    def _read(self, numbers: Leaves, covered: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Digests:
+        """The old leaves, u8[n, leaf_bytes], checked against the tree. LeafDamageError.
+
+        A leaf that is covered as a whole and zero by the tree is not read: nothing of it will be left.
+        """
+        change = self._change
+        leaves = np.zeros((len(numbers), change.leaf_bytes), dtype=np.uint8)
+        stored = np.zeros((len(numbers), DIGEST_BYTES), dtype=np.uint8)
+        for a, b in runs_of(numbers):
+            stored[a:b] = self.tree.leaves(int(numbers[a]), b - a)
+        wanted = np.flatnonzero((stored.any(axis=1) | ~covered) & (numbers * change.leaf_bytes < change.base_bytes))
+        found = np.zeros_like(stored)
+        for a, b in runs_of(numbers[wanted]):
+            slot, count, first = int(wanted[a]), b - a, int(numbers[wanted[a]])
+            offset = first * change.leaf_bytes
+            part = leaves[slot : slot + count].reshape(-1)
+            self._head.read_into(change.disk_id, offset, part[: change.base_bytes - offset].data)
+            found[slot : slot + count] = leaf_digests(part.data, first, change.leaf_bytes)
+        bad = np.flatnonzero((found != stored).any(axis=1))
+        if len(bad):
+            offset = int(numbers[bad[0]]) * change.leaf_bytes
+            raise LeafDamageError(change.disk.name, offset, change.leaf_bytes)
+        return leaves
+
+    def _emit(self, leaves: Digests, grains: Leaves, places: Leaves) -> None:
+        """The covered grains' old content, to the inverse."""
+        change = self._change
+        zero = np.empty(leaves.size // change.grain_bytes, dtype=np.uint8)
+        _native.zeros(leaves.data, change.grain_bytes, zero.data)
+        data = zero[places] == 0
+        kept = (grains < change.base_grains) & (data | (grains < change.result_grains))
+        rows = rows_of_grains(grains[kept].astype(np.uint64), data[kept])
+        payload = leaves.reshape(-1, change.grain_bytes)[places[kept & data]]
+        self._packer.add(self._index, change.grain_bytes, rows, payload.reshape(-1).data)
+
+    def _put(self, numbers: Leaves, leaves: Digests) -> None:
+        """The new digests, of the leaves that will be there."""
+        change = self._change
+        count = int(np.searchsorted(numbers * change.leaf_bytes, change.result_bytes, "left"))
+        for a, b in runs_of(numbers[:count]):
+            first = int(numbers[a])
+            self._update.put(first, leaf_digests(leaves[a:b].reshape(-1).data, first, change.leaf_bytes))
+
+    def finish(self) -> bytes:
+        """The root of the result."""
+        change = self._change
+        if change.after and change.result_bytes < change.base_bytes:
+            self._update.truncate(change.after.count_leaves)
+        return self._update.root(change.result_bytes)
 
 
 def write(head: Head, delta: Delta, progress: Progress = silent) -> None:
-    """Pass 2: set_disks, then every extent. Idempotent; does not read the head or its trees."""
-    raise NotImplementedError
+    """Pass 2: the disks, then every extent. Reads nothing of the head, so it may be repeated after any crash.
+
+    Call it only with a delta that `prepare` accepted. StorageError; the head may then be half written.
+    """
+    head.set_disks([c.after for c in delta.disks if c.after])
+    total, done = _total_bytes(delta, progress), 0
+    for segment in delta.segments():
+        change = delta.disks[segment.disk]
+        _write_rows(head, change, segment.extents, as_bytes(segment.payload).data)
+        done += segment.raw_bytes
+        progress(done, total)
 
 
-def settle(head: Head, delta: Delta, inverse: Delta, progress: Progress = silent) -> tuple[DiskState, ...]:
-    """Pass 3, after the head was synced: re-read what changed and rewrite the tree. Idempotent, also over a tree that
-    an interrupted pass left half written: what changed is taken from the DATA extents of `delta` and of `inverse`,
-    never from the tree. RootMismatchError if a root is not the manifest's."""
-    raise NotImplementedError
+def _write_rows(head: Head, change: DiskChange, rows: Rows, payload: memoryview) -> None:
+    grain, size, at = change.grain_bytes, change.result_bytes, 0
+    for first, count, data in rows.tolist():
+        offset = first * grain
+        length = min(count * grain, size - offset)
+        if data == DATA:
+            head.write(change.disk_id, offset, payload[at : at + length])
+            at += count * grain
+        else:
+            head.zero(change.disk_id, offset, length)
 
 
-def apply(head: Head, delta: Delta) -> MemoryDelta:
-    """All three in memory; returns the inverse. For tests, examples and small heads."""
-    raise NotImplementedError
+def settle(head: Head, delta: Delta, inverse: Extents, progress: Progress = silent) -> tuple[DiskState, ...]:
+    """Pass 3, after `head.flush()`: read back what changed, rewrite the tree. Returns disks and roots.
+
+    `inverse` is the other direction (see the module's docstring); its content is not read, only where it has DATA.
+    RootMismatchError if a root is not the manifest's: what was written is not what is there.
+    """
+    total, done, roots = _total_bytes(delta, progress), 0, []
+    forth, back = ByDisk(delta.extents()), ByDisk(inverse.extents())
+    for index, change in enumerate(delta.disks):
+        per_leaf = change.leaf_bytes // change.grain_bytes
+        counted = _Counted(forth.take(index), change.grain_bytes)
+        runs = union(leaf_runs(counted, per_leaf), leaf_runs(back.take(index), per_leaf), _boundary_leaf(change))
+        if change.after is None:
+            for _ in runs:
+                pass
+            continue
+        update = head.tree(change.disk_id).update(write=True)
+        for first, buffer in _read_back(head, change, runs):
+            update.put(first, leaf_digests(buffer.data, first, change.leaf_bytes))
+            progress(done + counted.data_bytes, total)
+        done += counted.data_bytes
+        if change.result_bytes < change.base_bytes:
+            update.truncate(change.after.count_leaves)
+        roots.append(DiskState(change.after, update.root(change.result_bytes)))
+    return _check_roots(tuple(roots), delta.result)
+
+
+class _Counted:
+    """Passes rows on and counts their data."""
+
+    def __init__(self, rows: Iterator[Rows], grain_bytes: int) -> None:
+        self._rows, self._grain_bytes, self.data_bytes = rows, grain_bytes, 0
+
+    def __iter__(self) -> Iterator[Rows]:
+        for rows in self._rows:
+            yield rows
+            self.data_bytes += count_data(rows) * self._grain_bytes
+
+
+def _boundary_leaf(change: DiskChange) -> list[tuple[int, int]]:
+    """The leaf in which a resized disk ended or will end: it may lose what was behind the end."""
+    smaller = min(change.base_bytes, change.result_bytes)
+    if change.base_bytes == change.result_bytes or not smaller % change.leaf_bytes:
+        return []
+    leaf = smaller // change.leaf_bytes
+    return [(leaf, leaf + 1)]
+
+
+def _read_back(head: Head, change: DiskChange, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, Digests]]:
+    """(first leaf, content) of the leaves in `runs` that are inside the disk, at most `PIECE_BYTES` at once."""
+    assert change.after is not None
+    step = PIECE_BYTES // change.leaf_bytes
+    for first, stop in runs:
+        for leaf in range(first, min(stop, change.after.count_leaves), step):
+            begin = leaf * change.leaf_bytes
+            end = min(min(leaf + step, stop) * change.leaf_bytes, change.result_bytes)
+            buffer = np.empty(end - begin, dtype=np.uint8)
+            head.read_into(change.disk_id, begin, buffer.data)
+            yield leaf, buffer
+
+
+def _check_roots(roots: tuple[DiskState, ...], result: State) -> tuple[DiskState, ...]:
+    for found, named in zip(roots, result.disks, strict=True):
+        if found.root != named.root:
+            raise RootMismatchError(
+                f"disk {named.disk.name!r} would not be what delta {result.delta_id} promises: its Merkle root is "
+                f"{found.root.hex()[:16]}… and not {named.root.hex()[:16]}…"
+            )
+    return roots
+
+
+def _total_bytes(delta: Delta, progress: Progress) -> int:
+    """Bytes of data in the delta, for the progress; not worth opening every table when nobody watches."""
+    if progress is silent:
+        return 0
+    return sum(count_data(rows) * delta.disks[disk].grain_bytes for disk, rows in delta.extents())
+
+
+def apply(head: MemoryHead, delta: Delta) -> MemoryDelta:
+    """All passes on a head in memory; returns the inverse, under an id of its own. Raises as `prepare` does."""
+    parts: list[Segment] = []
+    prepare(head, delta, parts.append)
+    inverse = MemoryDelta(DeltaId(random_id()), delta.result, delta.base, tuple(parts))
+    write(head, delta)
+    settle(head, delta, inverse)
+    head.commit(delta.result)
+    return inverse

@@ -1,26 +1,51 @@
-"""read: a point's bytes through the chain of inverses down to the head.
+"""read: a point's bytes, through the chain of inverses down to the head.
 
-skeleton
+    point ← layers[0] ← layers[1] ← … ← head
+
+`layers` are the inverses between the point and the head, nearest the point
+first: layers[0] leads to the point, and each starts from the state that the
+next one leads to. For any byte the first layer that has an extent there answers
+(DATA its payload, ZERO zeros). A layer that has none passes the question on,
+inside the size of the disk it starts from; behind that size the answer is zero.
+
+The head may be rewritten while it is read. An inverse gets its name before the
+first byte of the head changes; so first the head is read, *then* `newer` is
+asked for layers that appeared since, and if there are any the read is done
+again with them: what was overwritten is in one of them.
+
+A random read costs one table and one chunk of one segment; both are kept in a
+cache of bounded size.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from replica.delta.change import DiskChange
-from replica.delta.extents import Rows
-from replica.model import DiskId, State
+from replica.delta.extents import DATA, as_bytes
+from replica.delta.segment import Table
+from replica.errors import BaseMismatchError
+from replica.model import Disk, DiskId, State
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Below = Callable[[DiskId, int, memoryview], None]
-"""Reads the head: (disk, offset, buffer to fill). Called only inside the head's size."""
+"""Reads the head: disk, offset, buffer to fill. Called only inside the disk's size in the state below the layers."""
+CACHE_BYTES = 32 << 20
+SCAN_BYTES = 1 << 30
+"""Of the disk that `runs` looks at together."""
 
 
 class Layer(Protocol):
-    """One inverse with random access. DeltaFileReader is one."""
+    """One inverse, read at random. `DeltaFileReader` is one."""
 
     @property
     def base(self) -> State: ...
@@ -32,36 +57,212 @@ class Layer(Protocol):
         """Numbers of the segments of disk `disk` that may touch grains [first, stop)."""
         ...
 
-    def rows(self, number: int) -> Rows: ...
-    def payload_into(self, number: int, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the segment's payload bytes from `offset`."""
-        ...
+    def table(self, number: int) -> Table: ...
+    def chunk(self, table: Table, index: int) -> bytes: ...
+
+
+class Run(NamedTuple):
+    """Bytes [start, stop) of a disk and which layer has them; `layer` == number of layers is the head."""
+
+    start: int
+    stop: int
+    layer: int
+    number: int = 0
+    payload_offset: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A table with what is needed to search it."""
+
+    table: Table
+    stops: npt.NDArray[np.uint64]
+    payload_starts: npt.NDArray[np.int64]
+    """Where each row's payload begins, in grains."""
+
+    @property
+    def cost(self) -> int:
+        return self.table.extents.nbytes * 2 + self.table.chunks.nbytes * 3 + 512
+
+
+class _Cache:
+    """Least recently used first out, bounded by bytes. Thread-safe; what is missing is made outside of the lock."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self._used = limit_bytes, 0
+        self._lock = threading.Lock()
+        self._items: OrderedDict[tuple[int, ...], tuple[object, int]] = OrderedDict()
+
+    def get(self, key: tuple[int, ...]) -> object | None:
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
+
+    def put(self, key: tuple[int, ...], value: object, cost: int) -> None:
+        with self._lock:
+            if key in self._items:
+                return
+            self._items[key] = (value, cost)
+            self._used += cost
+            while self._used > self._limit and len(self._items) > 1:
+                self._used -= self._items.popitem(last=False)[1][1]
 
 
 class ChainReader:
-    """Reads the state that the first layer leads to.
+    """Reads the state that the first layer leads to. Thread-safe.
 
-    `layers` are nearest the point first; layers[i].base == layers[i+1].result; the last one's base is the state of
-    the head that `below` reads. `head` says that state (needed when there are no layers).
-    `newer` is asked after every read from below: layers it returns (a commit went on meanwhile; nearest the point
-    first) are appended and the read is done again, so a head that is being written is never seen.
-    Thread-safe.
+    `head` is the state that the last layer starts from (the point itself, if there are no layers); `below` reads
+    it. `newer` returns the layers that appeared since it was last asked, nearest the point first; calls of it are
+    serialised. BaseMismatchError if the layers are no chain.
     """
 
     def __init__(
-        self, head: State, layers: Sequence[Layer], below: Below, newer: Callable[[], Sequence[Layer]] = tuple
+        self,
+        head: State,
+        layers: Sequence[Layer],
+        below: Below,
+        newer: Callable[[], Sequence[Layer]] = tuple,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        raise NotImplementedError
+        self._below, self._newer = below, newer
+        self._lock = threading.Lock()
+        self._cache = _Cache(cache_bytes)
+        self._layers: tuple[Layer, ...] = ()
+        self._head = self.state = layers[0].result if layers else head
+        self._append(layers)
+        if self._head != head:
+            raise BaseMismatchError(f"the chain of inverses starts from {self._head.delta_id}, not {head.delta_id}")
 
-    @property
-    def state(self) -> State:
-        raise NotImplementedError
+    def _append(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            if layer.result != self._head:
+                raise BaseMismatchError(f"an inverse leads to {layer.result.delta_id}, not to {self._head.delta_id}")
+            self._head = layer.base
+        self._layers += tuple(layers)
 
     def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
-        """Exactly len(buffer) bytes inside the disk's size (ValueError otherwise)."""
-        raise NotImplementedError
+        """Fill `buffer` from the disk as it was. ValueError outside of it; DamageError, StorageError from a layer."""
+        target = as_bytes(buffer)
+        disk = self._disk(disk_id, offset, offset + len(target))
+        while True:
+            layers = self._layers
+            target[:] = 0
+            asked_head = False
+            for run in self._resolve(layers, disk, offset, offset + len(target)):
+                part = target.data[run.start - offset : run.stop - offset]
+                if run.layer == len(layers):
+                    asked_head = True
+                    self._below(disk_id, run.start, part)
+                else:
+                    self._copy(layers[run.layer], run, part)
+            if not asked_head or not self._grew(layers):
+                return
 
-    def runs(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(offset, length, layer index) ascending, in bytes: who answers; len(layers) is the head; ranges that are
-        zero are left out."""
-        raise NotImplementedError
+    def runs(self, disk_id: DiskId, start: int, stop: int) -> Iterator[Run]:
+        """Who has the bytes [start, stop), ascending; what no run covers is zero. ValueError outside of the disk."""
+        disk = self._disk(disk_id, start, stop)
+        for begin in range(start, stop, SCAN_BYTES):
+            yield from sorted(self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop)))
+
+    def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of bytes that may be anything but zero, ascending; all that the head has counts."""
+        low = high = start
+        for run in self.runs(disk_id, start, stop):
+            if run.start > high:
+                if low < high:
+                    yield low, high
+                low = run.start
+            high = run.stop
+        if low < high:
+            yield low, high
+
+    def _disk(self, disk_id: DiskId, start: int, stop: int) -> Disk:
+        found = self.state.disk(disk_id)
+        if found is None or not 0 <= start <= stop <= found.disk.size_bytes:
+            raise ValueError(f"bytes {start} to {stop} are not inside a disk of state {self.state.delta_id}")
+        return found.disk
+
+    def _grew(self, seen: tuple[Layer, ...]) -> bool:
+        """Whether there are layers now that a read with `seen` did not know."""
+        with self._lock:
+            if self._layers is seen:
+                self._append(self._newer())
+            return len(self._layers) > len(seen)
+
+    def _resolve(self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int) -> list[Run]:
+        """Runs that cover all of [start, stop) that is not zero, in no order."""
+        runs: list[Run] = []
+        open_ranges = [(start, stop)] if start < stop else []
+        for index, layer in enumerate(layers):
+            passed: list[tuple[int, int]] = []
+            for range_start, range_stop in open_ranges:
+                passed += self._ask(index, layer, disk, range_start, range_stop, runs)
+            open_ranges = passed
+            if not open_ranges:
+                break
+        below = layers[-1].base if layers else self.state
+        found = below.disk(disk.id)
+        size = found.disk.size_bytes if found else 0
+        runs += [Run(a, min(b, size), len(layers)) for a, b in open_ranges if a < size]
+        return runs
+
+    def _ask(
+        self, index: int, layer: Layer, disk: Disk, start: int, stop: int, runs: list[Run]
+    ) -> Iterator[tuple[int, int]]:
+        """Add what the layer has in [start, stop) to `runs`; yields what it passes on."""
+        place = next((i for i, c in enumerate(layer.disks) if c.disk_id == disk.id), None)
+        if place is None:
+            return
+        grain = disk.grain_bytes
+        passed_stop = min(stop, layer.disks[place].base_bytes)
+        at = start
+        for number in layer.overlapping(place, start // grain, -(-stop // grain)):
+            opened = self._open(index, layer, number)
+            rows = opened.table.extents
+            low = int(np.searchsorted(opened.stops, np.uint64(start // grain), "right"))
+            high = int(np.searchsorted(rows["first"], np.uint64(-(-stop // grain)), "left"))
+            places = opened.payload_starts[low:high].tolist()
+            for (first, count, data), payload in zip(rows[low:high].tolist(), places, strict=True):
+                begin, end = max(start, first * grain), min(stop, (first + count) * grain)
+                if at < min(begin, passed_stop):
+                    yield at, min(begin, passed_stop)
+                if data == DATA:
+                    runs.append(Run(begin, end, index, number, payload * grain + begin - first * grain))
+                at = end
+        if at < passed_stop:
+            yield at, passed_stop
+
+    def _open(self, index: int, layer: Layer, number: int) -> _Opened:
+        key = (index, number)
+        opened = self._cache.get(key)
+        if not isinstance(opened, _Opened):
+            table = layer.table(number)
+            counts = table.extents["count"].astype(np.int64)
+            data = np.cumsum(np.where(table.extents["data"] == DATA, counts, 0))
+            starts = np.concatenate((np.zeros(1, dtype=np.int64), data[:-1]))
+            opened = _Opened(table, table.extents["first"] + table.extents["count"], starts)
+            self._cache.put(key, opened, opened.cost)
+        return opened
+
+    def _copy(self, layer: Layer, run: Run, target: memoryview) -> None:
+        """Payload bytes of a run, chunk by chunk."""
+        table = self._open(run.layer, layer, run.number).table
+        starts = table.raw_starts
+        index = int(np.searchsorted(starts, run.payload_offset, "right")) - 1
+        done = 0
+        while done < len(target):
+            skip = run.payload_offset + done - int(starts[index])
+            part = self._chunk(run.layer, layer, table, index)[skip : skip + len(target) - done]
+            target[done : done + len(part)] = part
+            done += len(part)
+            index += 1
+
+    def _chunk(self, layer_index: int, layer: Layer, table: Table, index: int) -> memoryview:
+        key = (layer_index, table.number, index)
+        chunk = self._cache.get(key)
+        if not isinstance(chunk, bytes):
+            chunk = layer.chunk(table, index)
+            self._cache.put(key, chunk, len(chunk) + 128)
+        return memoryview(chunk)
