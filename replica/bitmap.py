@@ -129,7 +129,7 @@ class DirtyBitmap:
         self._check(first, stop - first)
         begin = end = first
         while first < stop:
-            size = min(stop - first, _WINDOW_BYTES * 8 - first % 8)
+            size = min(stop - first, _WINDOW_BYTES * 8)
             for run_first, run_count in self._window_runs(first, size):
                 if run_first != end:
                     if end > begin:
