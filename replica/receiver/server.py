@@ -60,11 +60,14 @@ async def _serve_until_signalled(fs: FileSystem, spec: SiteSpec) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled, number)
-    await serve_until(fs, spec, stop)
+    await serve_until(spec, lambda: Site(fs, spec), stop)
 
 
 async def serve_until(
-    fs: FileSystem, spec: SiteSpec, stop: asyncio.Event, ready: Callable[[str, int], None] | None = None
+    spec: SiteSpec,
+    open_site: Callable[[], Site],
+    stop: asyncio.Event,
+    ready: Callable[[str, int], None] | None = None,
 ) -> None:
     """Serve until `stop` is set. `ready` is told host and port (of port 0: the one that was given)."""
     loop = asyncio.get_running_loop()
@@ -87,7 +90,7 @@ async def serve_until(
     except (OSError, OverflowError) as error:
         raise listen_error(spec, error) from error
     try:
-        site = await loop.run_in_executor(None, Site, fs, spec)
+        site = await loop.run_in_executor(None, open_site)
         api = HttpApi(site, connections=lambda: len(runner.server.connections) if runner and runner.server else 0)
         runner = web.AppRunner(
             api.application(),

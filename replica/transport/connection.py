@@ -111,6 +111,7 @@ class Connection:
         response = self._open(method, path, body, headers or {}, wait_seconds)
         try:
             data = response.read(wire.MAX_RESPONSE_BYTES + 1)
+            _check_complete(response, len(data) > wire.MAX_RESPONSE_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
         if len(data) > wire.MAX_RESPONSE_BYTES:
@@ -130,6 +131,7 @@ class Connection:
                 raise self._problem(response, response.read(wire.MAX_DOCUMENT_BYTES))
             while piece := response.read(READ_BYTES):
                 yield piece
+            _check_complete(response)
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
 
@@ -230,6 +232,12 @@ def _parse(url: str) -> tuple[str, int, str]:
     return parts.hostname, port, parts.path.rstrip("/")
 
 
+def _check_complete(response: http.client.HTTPResponse, more_expected: bool = False) -> None:
+    """`read(amount)` ends quietly where the connection did; `length` then tells what is still missing."""
+    if response.length and not more_expected:
+        raise http.client.IncompleteRead(b"", response.length)
+
+
 def _is_stale(error: Exception) -> bool:
     """Is this how a connection ends that the other side had closed? (`RemoteDisconnected` is a ConnectionError.)"""
     return isinstance(error, ConnectionError | ssl.SSLEOFError | ssl.SSLZeroReturnError)
@@ -249,6 +257,6 @@ def _unreachable(error: Exception, url: str, tls: TlsFiles) -> ReplicaError:
 
 
 def _plain(error: Exception) -> str:
-    if isinstance(error, ssl.SSLEOFError | http.client.RemoteDisconnected):
+    if isinstance(error, ssl.SSLEOFError | http.client.RemoteDisconnected | http.client.IncompleteRead):
         return "the other side hung up"
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
