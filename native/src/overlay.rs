@@ -43,13 +43,9 @@ impl Piece {
         (Piece { count: taken, ..self }, rest)
     }
 
-    /// Whether `next` goes on where this ends, at the disk and in the payload.
+    /// Whether `next` goes on where this ends; between grains that touch, no payload of their source lies either.
     fn continues(&self, next: &Piece) -> bool {
-        let moved = if self.data { self.count } else { 0 };
-        self.end() == next.first
-            && self.source == next.source
-            && self.data == next.data
-            && self.offset_grains + moved == next.offset_grains
+        self.end() == next.first && self.source == next.source && self.data == next.data
     }
 }
 
