@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from replica.errors import BusyError, StorageError, StorageFullError
+from replica.errors import BusyError, StorageError, StorageFullError, TargetExistsError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -132,21 +132,18 @@ class File:
 
         A file system that does not know answers one range: everything.
         """
-        with _named("seek in", self.path):
-            while start < stop:
-                try:
-                    begin = os.lseek(self._fd, start, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        return
-                    begin = start
-                if begin >= stop:
-                    return
+        while start < stop:
+            try:
+                begin = os.lseek(self._fd, start, os.SEEK_DATA)
                 end = min(os.lseek(self._fd, begin, os.SEEK_HOLE), stop)
-                if end <= begin:
-                    return
-                yield begin, end - begin
-                start = end
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # the file system does not know: all of it may be data
+                    yield start, stop - start
+                return
+            if begin >= stop or end <= begin:
+                return
+            yield begin, end - begin
+            start = end
 
     def sync(self) -> None:
         """fsync: content and size are on stable storage when this returns."""
@@ -235,6 +232,23 @@ class FileSystem:
         if temporary.parent != final.parent:
             self.sync_directory(temporary.parent)
 
+    def publish_new(self, temporary: Path, final: Path) -> None:
+        """Like `publish`, but TargetExistsError if something has that name by now."""
+        with _named("rename to", final):
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                raise TargetExistsError(
+                    f"{final} already exists", hint="choose another place or move it away"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                    raise
+                os.rename(temporary, final)
+            else:
+                os.unlink(temporary)
+        self.sync_directory(final.parent)
+
     def replace_bytes(self, path: Path, data: bytes, *, private: bool = False) -> None:
         """Atomic replace: after a crash the file holds the old bytes or the new ones, all of them."""
         temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
@@ -289,6 +303,24 @@ class FileSystem:
             with suppress(FileNotFoundError):
                 os.rmdir(path)
         self.sync_directory(path.parent)
+
+    def set_links(self, directory: Path, links: dict[str, str]) -> None:
+        """Make the symbolic links in `directory` exactly these (name -> target).
+
+        Only links are ever removed: a name that a real file has is left to that file.
+        """
+        with _named("link in", directory):
+            present = {e.name: os.readlink(e) for e in os.scandir(directory) if e.is_symlink()}
+            if present == links:
+                return
+            for name in present:
+                if links.get(name) != present[name]:
+                    os.unlink(directory / name)
+            for name, target in links.items():
+                if present.get(name) != target:
+                    with suppress(FileExistsError):
+                        os.symlink(target, directory / name)
+        self.sync_directory(directory)
 
     def free_bytes(self, path: Path) -> int:
         with _named("stat", path):

@@ -1,0 +1,29 @@
+"""One replica's directory: head, points, what arrives, and who may touch it.
+
+`ReplicaStore` is the one writer (a receiver holds it), `ReplicaReader` reads
+from any process at any time. `commit` is the protocol that both rely on.
+"""
+
+from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
+from replica.store.points import PointInfo
+from replica.store.reader import PointReader, ReplicaReader
+from replica.store.replica import ReplicaStore
+from replica.store.restore import restore_point
+from replica.store.retention import DEFAULT_KEEP_LAST
+from replica.store.verify import DiskVerdict, verify_head
+
+__all__ = [
+    "DEFAULT_KEEP_LAST",
+    "DiskVerdict",
+    "HeadFormat",
+    "Identity",
+    "Layout",
+    "PointInfo",
+    "PointReader",
+    "ReplicaReader",
+    "ReplicaStore",
+    "StoreState",
+    "replica_directories",
+    "restore_point",
+    "verify_head",
+]

@@ -1,0 +1,248 @@
+"""Commit and recovery: the protocol that makes an acknowledged point impossible to lose.
+
+Each arrow is a durability barrier:
+
+    incoming/<delta>, synced                                                 -> received
+    one pass (`prepare`): old leaves read and checked, the resulting roots
+    computed, the inverse sealed into a temporary file, synced
+    roots equal to the manifest's? else refused, the head untouched
+    state.applying = delta                                                   ->
+    inverse renamed to points/<delta>                                        ->
+    head written (`write`), synced, page cache dropped, changed leaves read
+    back (`settle`), tree written, roots compared, tree synced               ->
+    state: head = result, applying = none                                    -> committed
+    incoming removed
+
+Recovery, whenever a replica is opened or a commit failed in the middle:
+
+- `applying` set, its inverse in place: the head may be half written. The writes
+  are done again from incoming (they are idempotent) and that inverse is kept;
+  one is never derived from a half-written head. If the redo cannot succeed, the
+  inverse is applied instead, and is garbage only when the head is the old state
+  again, durably.
+- `applying` set, no inverse: the head is untouched; `applying` is cleared.
+
+What recovery relies on is synced again before it acts, because a file seen
+after a crash may so far be in the page cache only. A crash during recovery is
+a crash like any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from replica import documents
+from replica.delta import (
+    Delta,
+    DeltaFileReader,
+    DeltaWriter,
+    DiskChange,
+    Keyring,
+    Rows,
+    Segment,
+    prepare,
+    settle,
+    write,
+)
+from replica.durable import FileSystem
+from replica.errors import BaseMismatchError, DamageError, ProtocolError, ReplicaError
+from replica.model import DeltaId, Epoch, State, random_id
+from replica.progress import Progress, silent
+from replica.store.head import FileHead
+from replica.store.incoming import final_path
+from replica.store.layout import HeadFormat, Layout, StoreState
+
+
+class Committer:
+    """Drives commits of one replica. Not thread-safe: its owner runs one commit at a time.
+
+    `state` is what the `state` file says; only after a failed write of that
+    file may it be older, and its owner then reads the file again.
+    """
+
+    def __init__(
+        self, fs: FileSystem, layout: Layout, keyring: Keyring, head_format: HeadFormat, state: StoreState
+    ) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._keyring = keyring
+        self._head_format = head_format
+        self.state = state
+
+    def commit(self, delta_id: DeltaId, progress: Progress = silent) -> State:
+        """Apply the received delta; when this returns, its point is durable and listed.
+
+        Raises BaseMismatchError, RootMismatchError, DamageError or
+        ProtocolError (the delta is refused, the head untouched) or
+        StorageError. If `state.applying` is set afterwards the head may be half
+        written: `recover` before anything else.
+        """
+        with self._open(final_path(self._layout, delta_id)) as delta:
+            self._check_acceptable(delta)
+            with FileHead.open(self._fs, self._layout, self.state.head, self._head_format) as head:
+                temporary = self._layout.points / f".{delta_id}.{os.urandom(4).hex()}.tmp"
+                try:
+                    self._seal_inverse(head, delta, temporary, progress)
+                except BaseException:
+                    self._fs.unlink(temporary)
+                    raise
+                self._set_state(self.state.head, applying=delta_id)
+                self._fs.publish(temporary, self._layout.point(delta_id))
+                with self._open(self._layout.point(delta_id)) as inverse:
+                    self._rewrite(head, delta, inverse)
+        self._fs.unlink(final_path(self._layout, delta_id))
+        return self.state.head
+
+    def recover(self) -> None:
+        """Finish or undo what was being applied; afterwards `state.applying` is none.
+
+        Raises DamageError if neither is possible: nothing is deleted then.
+        """
+        applying = self.state.applying
+        if applying is not None:
+            for directory in (self._layout.points, self._layout.incoming, self._layout.root):
+                self._fs.sync_directory(directory)
+            if not self._fs.exists(self._layout.point(applying)):
+                self._set_state(self.state.head)
+            else:
+                self._finish_or_undo(applying)
+        for name in self._fs.list_names(self._layout.points):
+            if name.startswith("."):
+                self._fs.unlink(self._layout.points / name)
+        if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
+            self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
+
+    def set_epoch(self, epoch: Epoch) -> None:
+        """Change the fencing token, durably."""
+        state = StoreState(self.state.head, epoch, self.state.applying)
+        documents.save(self._fs, self._layout.state, state)
+        self.state = state
+
+    # --- the steps ---
+
+    def _open(self, path: Path) -> DeltaFileReader:
+        return DeltaFileReader(self._fs.open(path), self._keyring)
+
+    def _check_acceptable(self, delta: DeltaFileReader) -> None:
+        """What the delta's own consistency does not say: that it is meant for this head, now."""
+        head, base, result = self.state.head, delta.base, delta.result
+        if base != head:
+            raise BaseMismatchError(
+                f"delta {delta.delta_id} starts from state {base.delta_id}, but the replica's head is {head.delta_id}"
+            )
+        if result.delta_id != delta.delta_id or result.replica_id != head.replica_id:
+            raise ProtocolError(f"delta {delta.delta_id} does not lead to a state of this replica named after it")
+        if result.epoch != self.state.epoch or delta.header.epoch != self.state.epoch:
+            raise ProtocolError(f"delta {delta.delta_id} is of epoch {result.epoch}, not {self.state.epoch}")
+        if result.point != head.point + 1:
+            raise ProtocolError(f"delta {delta.delta_id} makes point {result.point} after point {head.point}")
+
+    def _seal_inverse(self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress) -> None:
+        """Pass 1. Afterwards `temporary` is a complete, synced inverse and the resulting roots are proven."""
+        state = self.state
+        key = self._keyring.get(delta.header.key_id)
+        inverse_id = DeltaId(random_id())
+        with DeltaWriter(self._fs, temporary, key, state.head.replica_id, inverse_id, state.epoch) as writer:
+            prepare(head, delta, writer.add, progress)
+            writer.finish(base=delta.result, result=delta.base)
+
+    def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta) -> None:
+        """Passes 2 and 3 and the state: what follows once the inverse is in place. Idempotent.
+
+        RootMismatchError if what was read back is not what the delta names.
+        """
+        with self._fs.lock(self._layout.head_lock, wait=True):
+            write(head, delta)
+            head.flush()
+            settle(head, delta, inverse)
+            head.sync()
+            self._set_state(delta.result)
+
+    def _finish_or_undo(self, applying: DeltaId) -> None:
+        """The inverse of `applying` is in place: redo from incoming, else roll back by the inverse."""
+        delta = self._open_checked(final_path(self._layout, applying))
+        inverse = self._open_checked(self._layout.point(applying))
+        try:
+            if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
+                pass
+            elif inverse is not None and inverse.result == self.state.head and inverse.base.delta_id == applying:
+                with self._interrupted_head(inverse.base) as head:
+                    self._rewrite(head, inverse, _AllData(inverse))
+                self._fs.unlink(self._layout.point(applying))
+            else:
+                raise DamageError(
+                    f"the commit of delta {applying} in {self._layout.root} was cut, and neither the delta nor its "
+                    "inverse can be read any more",
+                    hint="keep the directory as it is; points older than the newest can still be restored",
+                )
+        finally:
+            for reader in (delta, inverse):
+                if reader is not None:
+                    reader.close()
+        self._fs.unlink(final_path(self._layout, applying))
+
+    def _open_checked(self, path: Path) -> DeltaFileReader | None:
+        """A delta file that is durable and whole to the last bit; None if it is damaged or not there."""
+        if not self._fs.exists(path):
+            return None
+        with self._fs.open(path, write=True) as file:
+            file.sync()
+        try:
+            reader = self._open(path)
+        except DamageError:
+            return None
+        try:
+            reader.verify()
+        except DamageError:
+            reader.close()
+            return None
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    def _try_redo(self, delta: DeltaFileReader, inverse: DeltaFileReader | None) -> bool:
+        """Do the writes again; False if what is read back afterwards is not what the delta names."""
+        with self._interrupted_head(delta.result) as head:
+            try:
+                self._rewrite(head, delta, inverse if inverse is not None else _AllData(delta))
+            except DamageError:
+                return False
+        return True
+
+    def _interrupted_head(self, other: State) -> FileHead:
+        return FileHead.open_interrupted(self._fs, self._layout, self.state.head, other, self._head_format)
+
+    def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
+        state = StoreState(head, self.state.epoch, applying)
+        documents.save(self._fs, self._layout.state, state)
+        self.state = state
+
+
+class _AllData:
+    """The extents of a delta as if all of them held data.
+
+    `settle` re-reads what the other direction wrote; where that delta can't be
+    read any more, everything the present one covers may have been written.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        self._delta = delta
+        self.delta_id = delta.delta_id
+        self.base = delta.result
+        self.result = delta.base
+        self.disks: tuple[DiskChange, ...] = delta.disks
+
+    def segments(self) -> Iterator[Segment]:
+        raise ReplicaError("only the extents of this delta are known")
+
+    def extents(self) -> Iterator[tuple[int, Rows]]:
+        for disk, rows in self._delta.extents():
+            marked = rows.copy()
+            marked["data"] = 1
+            yield disk, marked
+
+
+__all__ = ["Committer"]

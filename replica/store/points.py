@@ -1,0 +1,127 @@
+"""The recovery points of a replica: the chain of inverses that hangs from its head.
+
+There is no list of points anywhere. A file in `points/` is an inverse whose
+sealed manifest names two states, `base` (newer) and `result` (older); the
+points are what can be reached from the head by following those links. File
+names are never trusted for it, so that a file in the wrong place changes nothing.
+
+While a delta is being applied (`state.applying`) the head may be half written.
+Its inverse is in place by then, so the walk starts one step earlier, at the
+state being made: the newest committed point is read through that inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from replica import documents
+from replica.delta import DeltaFileReader, Keyring
+from replica.durable import FileSystem
+from replica.errors import DamageError, StorageError
+from replica.model import DeltaId, State
+from replica.store.layout import Layout, StoreState
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One inverse: applied to `base` it gives `result`."""
+
+    path: Path
+    base: State
+    result: State
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PointInfo:
+    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head."""
+
+    state: State
+    stored_bytes: int
+    restorable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A consistent look at the points: `links[0]` leads from the newest state to the one before."""
+
+    state: StoreState
+    links: tuple[Link, ...]
+    strays: tuple[Link, ...]
+
+    def to(self, point: int | None) -> tuple[State, tuple[Link, ...]] | None:
+        """A point's state and the links that lead to it, nearest the point first; None if it is not there."""
+        head = self.state.head
+        found: list[Link] = []
+        if self.links and self.links[0].result == head:
+            found.append(self.links[0])
+        if not head.is_empty and point in (None, head.point):
+            return head, tuple(found)
+        for link in self.links[len(found) :]:
+            found.insert(0, link)
+            if link.result.point == point and not link.result.is_empty:
+                return link.result, tuple(found)
+        return None
+
+
+class PointIndex:
+    """Reads `points/`; remembers the files it has opened, which never change. Not thread-safe."""
+
+    def __init__(self, fs: FileSystem, layout: Layout, keyring: Keyring) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._keyring = keyring
+        self._known: dict[str, Link] = {}
+        self._damaged: set[str] = set()
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Files that were in `points/` at the last look and are no readable inverse."""
+        return sorted(self._layout.points / name for name in self._damaged)
+
+    def links(self) -> list[Link]:
+        """Every readable inverse that is in the directory now."""
+        names = {name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")}
+        self._known = {name: link for name, link in self._known.items() if name in names}
+        self._damaged &= names
+        for name in names - self._known.keys() - self._damaged:
+            self._open(name)
+        return list(self._known.values())
+
+    def _open(self, name: str) -> None:
+        path = self._layout.points / name
+        try:
+            with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
+                self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes)
+        except DamageError:
+            self._damaged.add(name)
+        except StorageError:
+            if self._fs.exists(path):
+                self._damaged.add(name)
+
+    def leading_to(self, state: DeltaId) -> list[Link]:
+        """The inverses whose result is this state: more than none once something newer was applied."""
+        return [link for link in self.links() if link.result.delta_id == state]
+
+    def chain(self) -> Chain:
+        """Look at state and links until they belong together (a commit or a rotation may be under way)."""
+        while True:
+            before = documents.load(self._fs, self._layout.state, StoreState)
+            links = self.links()
+            if documents.load(self._fs, self._layout.state, StoreState) == before:
+                return _assemble(before, links)
+
+
+def _assemble(state: StoreState, links: list[Link]) -> Chain:
+    by_base = {link.base.delta_id: link for link in links}
+    found: list[Link] = []
+    if state.applying is not None:
+        undoing = by_base.get(state.applying)
+        if undoing is not None and undoing.result == state.head:
+            found.append(by_base.pop(state.applying))
+    current = state.head
+    while (link := by_base.get(current.delta_id)) is not None and link.base == current:
+        found.append(by_base.pop(current.delta_id))
+        current = link.result
+    return Chain(state, tuple(found), tuple(by_base.values()))

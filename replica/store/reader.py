@@ -1,0 +1,230 @@
+"""Reading a replica from any process, beside the writer and without its lock.
+
+    reader = ReplicaReader(fs, directory)
+    for info in reader.points(): ...
+    with reader.open_point(3) as point:
+        point.read_into(disk_id, offset, buffer)
+
+A point is read through the chain of inverses down to the head (`ChainReader`).
+The head may be rewritten meanwhile, so the order matters: first the head's
+bytes, then a look for inverses that appeared since. An inverse gets its name
+before the first byte of the head changes; so what the head gave is either
+untouched or covered by an inverse that is seen now, and that one wins.
+
+A pin keeps the point from being rotated out while it is open (`pins`).
+`ReplicaReader` is not thread-safe; a `PointReader`'s `read_into` is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from replica import documents
+from replica.delta import ChainReader, DeltaFileReader, Keyring
+from replica.durable import FileSystem
+from replica.errors import DamageError, PointGoneError, StorageError
+from replica.images.flat import FlatImage
+from replica.model import DeltaId, Disk, DiskId, Epoch, State
+from replica.progress import Progress, silent
+from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store.pins import pin
+from replica.store.points import Chain, Link, PointIndex, PointInfo
+from replica.store.verify import DiskVerdict, verify_head
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class ReplicaReader:
+    """Looks at one replica's directory; every call looks anew."""
+
+    def __init__(self, fs: FileSystem, directory: Path) -> None:
+        """Raises StorageError or FormatError if there is no replica there."""
+        self._fs = fs
+        self.layout = Layout(directory)
+        self.identity = read_identity(fs, self.layout)
+        self._keyring = Keyring(fs, self.layout.keys)
+        self._index = PointIndex(fs, self.layout, self._keyring)
+
+    @property
+    def state(self) -> StoreState:
+        return documents.load(self._fs, self.layout.state, StoreState)
+
+    @property
+    def head(self) -> State:
+        return self.state.head
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.state.epoch
+
+    @property
+    def applying(self) -> DeltaId | None:
+        return self.state.applying
+
+    def points(self) -> list[PointInfo]:
+        """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
+        chain = self._index.chain()
+        head = chain.state.head
+        infos = [
+            PointInfo(link.result, link.stored_bytes, True)
+            for link in chain.links
+            if not link.result.is_empty and link.result != head
+        ]
+        if not head.is_empty:
+            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(head)))
+        known = {info.state.delta_id for info in infos}
+        for stray in chain.strays:
+            for state in (stray.base, stray.result):
+                if not state.is_empty and state.delta_id not in known and state.point < head.point:
+                    known.add(state.delta_id)
+                    infos.append(PointInfo(state, stray.stored_bytes, False))
+        return sorted(infos, key=lambda info: info.state.point)
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Files in `points/` that are no readable inverse, as of the last look."""
+        return self._index.damaged
+
+    def _head_bytes(self, head: State) -> int:
+        total = 0
+        for entry in head.disks:
+            try:
+                with self._fs.open(self.layout.image(entry.disk.id)) as file:
+                    total += file.allocated_bytes()
+            except StorageError:
+                continue
+        return total
+
+    def _head_usable(self, head: State) -> bool:
+        return all(self._fs.exists(self.layout.image(entry.disk.id)) for entry in head.disks)
+
+    def open_point(self, number: int | None = None) -> PointReader:
+        """Open a point (the newest without a number), pinned. PointGoneError if it is not listed."""
+        while True:
+            state, _ = self._find(self._index.chain(), number)
+            lock = pin(self._fs, self.layout, state.delta_id)
+            with ExitStack() as undo:
+                undo.callback(lock.release)
+                chain = self._index.chain()
+                found = chain.to(state.point)
+                if found is None and number is None:
+                    continue
+                state, links = self._find(chain, state.point)
+                reader = PointReader(self._fs, self.layout, self._keyring, self.identity.head_format, state, links)
+                undo.pop_all()
+            reader.on_close(lock.release)
+            return reader
+
+    def verify(self, progress: Progress = silent) -> list[DiskVerdict]:
+        """Check the head against its tree and the tree against the committed state (see `verify`)."""
+        return verify_head(self._fs, self.layout, progress)
+
+    def _find(self, chain: Chain, number: int | None) -> tuple[State, tuple[Link, ...]]:
+        found = chain.to(number)
+        if found is not None:
+            return found
+        machine = self.identity.machine
+        if chain.state.head.is_empty:
+            raise PointGoneError(f"machine {machine!r} has no point yet", hint="its first copy is not complete")
+        if any(stray.result.point == number for stray in chain.strays):
+            raise PointGoneError(
+                f"point {number} of machine {machine!r} cannot be restored: an inverse between it and the head is "
+                f"damaged or missing in {self.layout.points}",
+                hint="choose a newer point",
+            )
+        numbers = [link.result.point for link in chain.links if not link.result.is_empty] + [chain.state.head.point]
+        raise PointGoneError(
+            f"machine {machine!r} has no point {number}", hint=f"its points are {min(numbers)} to {max(numbers)}"
+        )
+
+
+class PointReader:
+    """One point, open for reading and pinned until `close`."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        layout: Layout,
+        keyring: Keyring,
+        head_format: HeadFormat,
+        state: State,
+        links: tuple[Link, ...],
+    ) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._keyring = keyring
+        self._head_format = head_format
+        self.state = state
+        self._index = PointIndex(fs, layout, keyring)
+        self._mutex = threading.Lock()
+        self._resources = ExitStack()
+        self._images: dict[DiskId, FlatImage] = {}
+        try:
+            layers = [self._open_layer(link) for link in links]
+            self._top = links[-1].base if links else state
+            self._open_images()
+            self._chain = ChainReader(self._top, layers, self._read_head, self._newer)
+        except BaseException:
+            self.close()
+            raise
+
+    def on_close(self, callback: object) -> None:
+        assert callable(callback)
+        self._resources.callback(callback)
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        return tuple(entry.disk for entry in self.state.disks)
+
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` from the disk as it was at this point. Thread-safe.
+
+        Raises DamageError (an inverse is damaged), StorageError, ValueError (outside the disk).
+        """
+        self._chain.read_into(disk_id, offset, buffer)
+
+    def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Half-open ranges (start, stop) that may hold anything but zeros; a little stale is too much, never too few."""
+        step = 64 << 20
+        for begin in range(start, stop, step):
+            yield from self._chain.allocated(disk_id, begin, min(begin + step, stop))
+
+    def _open_layer(self, link: Link) -> DeltaFileReader:
+        return self._resources.enter_context(DeltaFileReader(self._fs.open(link.path), self._keyring))
+
+    def _open_images(self) -> None:
+        """The head's disks as they were when the layers were opened; later changes of size come as layers."""
+        for entry in self._top.disks:
+            disk, path = entry.disk, self._layout.image(entry.disk.id)
+            image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            self._images[disk.id] = self._resources.enter_context(image)
+
+    def _read_head(self, disk_id: DiskId, offset: int, buffer: memoryview) -> None:
+        self._images[disk_id].read_into(offset, buffer)
+
+    def _newer(self) -> list[DeltaFileReader]:
+        """Layers for what was applied since the last look, nearest the point first."""
+        with self._mutex:
+            found: list[DeltaFileReader] = []
+            while links := self._index.leading_to(self._top.delta_id):
+                link = links[0]
+                if link.result != self._top:
+                    raise DamageError(f"{link.path} leads to a state that only looks like the point's")
+                found.append(self._open_layer(link))
+                self._top = link.base
+            return found

@@ -1,0 +1,105 @@
+"""restore: write a point's disks as flat images, and prove that they are the point.
+
+Each disk is written under a temporary name, its Merkle root computed from the
+very bytes that were written and compared with the point's, and synced; only
+when that is done for all of them do they get their names. What is zero stays a
+hole. A restore that fails leaves nothing behind, one that is killed nothing
+under a final name.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from replica import _native
+from replica.durable import FileSystem
+from replica.errors import DamageError, StorageError, TargetExistsError
+from replica.images.flat import EXTENSIONS, FlatImage
+from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
+from replica.model import Disk
+from replica.progress import Progress, silent
+from replica.store.layout import HeadFormat
+from replica.store.reader import PointReader
+
+WINDOW_BYTES = 4 << 20
+
+
+def restore_point(
+    fs: FileSystem, point: PointReader, target: Path, format: HeadFormat, progress: Progress = silent
+) -> dict[str, Path]:
+    """Write every disk of the point to `<target>/<disk>.raw` or `.vhd`; returns disk name -> path.
+
+    Raises TargetExistsError (nothing is written), DamageError (the point's
+    bytes are not what they were), StorageError, StorageFullError.
+    """
+    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in point.disks}
+    for path in paths.values():
+        if os.path.lexists(path):
+            raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
+    fs.make_directory(target)
+    total = sum(disk.size_bytes for disk in point.disks)
+    written: dict[str, Path] = {}
+    done = 0
+    try:
+        for disk in point.disks:
+            temporary = written[disk.name] = target / f".{disk.name}.{os.urandom(4).hex()}.partial"
+            _write_disk(fs, point, disk, temporary, format, _from(progress, done, total))
+            done += disk.size_bytes
+        for name, path in paths.items():
+            fs.publish_new(written.pop(name), path)
+    finally:
+        for temporary in written.values():
+            with suppress(StorageError):
+                fs.unlink(temporary)
+    progress(total, total)
+    return paths
+
+
+def _from(progress: Progress, base: int, total: int) -> Progress:
+    return lambda done, _size: progress(base + done, total)
+
+
+def _write_disk(
+    fs: FileSystem, point: PointReader, disk: Disk, path: Path, format: HeadFormat, progress: Progress
+) -> None:
+    tree = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
+    with FlatImage.create(fs, path, format, disk.size_bytes, disk.id) as image:
+        reached = 0
+        for start, stop in point.allocated(disk.id, 0, disk.size_bytes):
+            begin = max(reached, start // disk.leaf_bytes * disk.leaf_bytes)
+            end = min(-(-stop // disk.leaf_bytes) * disk.leaf_bytes, disk.size_bytes)
+            for offset in range(begin, end, WINDOW_BYTES):
+                window = np.empty(min(WINDOW_BYTES, end - offset), dtype=np.uint8)
+                point.read_into(disk.id, offset, window.data)
+                tree.put(
+                    offset // disk.leaf_bytes, leaf_digests(window.data, offset // disk.leaf_bytes, disk.leaf_bytes)
+                )
+                _write_nonzero(image, disk, offset, window)
+                progress(offset + len(window), disk.size_bytes)
+            reached = max(reached, end)
+        expected = point.state.disk(disk.id)
+        assert expected is not None
+        if tree.root(disk.size_bytes) != expected.root:
+            raise DamageError(
+                f"disk {disk.name!r} of point {point.state.point} does not have the Merkle root it was committed with; "
+                "what was written was removed again",
+                hint="run 'replica verify' on this machine and choose another point",
+            )
+        image.sync()
+
+
+def _write_nonzero(
+    image: FlatImage, disk: Disk, offset: int, window: np.ndarray[tuple[int], np.dtype[np.uint8]]
+) -> None:
+    """Write the runs of grains that are not zero; the others stay holes."""
+    grain = disk.grain_bytes
+    zero = np.empty(-(-len(window) // grain), dtype=np.uint8)
+    _native.zeros(window.data, grain, zero)
+    edges = np.flatnonzero(np.diff(zero, prepend=1, append=1))
+    for first, last in edges.reshape(-1, 2).tolist():
+        stop = min(last * grain, len(window))
+        image.write(offset + first * grain, window[first * grain : stop].data)

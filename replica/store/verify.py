@@ -1,0 +1,161 @@
+"""verify: is the head what its Merkle tree says, and the tree what the state says?
+
+Every leaf that the image or the tree says is not zero is read and hashed. A
+commit may be under way in another process, so a difference counts only after
+the leaf was looked at again under the head's lock, when image, tree and state
+belong together. The tree's inner nodes are not trusted either: the root is
+computed again from the leaves and compared with the committed state's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from replica import documents
+from replica.durable import File, FileSystem
+from replica.images.flat import FlatImage
+from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
+from replica.model import Disk, DiskState
+from replica.progress import Progress, silent
+from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+
+WINDOW_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DiskVerdict:
+    """What was found: `mismatches` are (offset, length) in bytes, leaf by leaf, neighbours joined."""
+
+    disk: Disk
+    checked_bytes: int
+    mismatches: tuple[tuple[int, int], ...]
+
+
+def verify_head(fs: FileSystem, layout: Layout, progress: Progress = silent) -> list[DiskVerdict]:
+    """Check every disk of the head. Raises StorageError if something cannot be read at all."""
+    head_format = read_identity(fs, layout).head_format
+    head = documents.load(fs, layout.state, StoreState).head
+    total = sum(entry.disk.size_bytes for entry in head.disks)
+    verdicts: list[DiskVerdict] = []
+    done = 0
+    for entry in head.disks:
+        with _Checker(fs, layout, head_format, entry.disk) as checker:
+            verdicts.append(checker.run(_from(progress, done, total)))
+        done += entry.disk.size_bytes
+    return verdicts
+
+
+def _from(progress: Progress, base: int, total: int) -> Callable[[int], None]:
+    return lambda done: progress(base + done, total)
+
+
+class _Checker:
+    """One disk's check."""
+
+    def __init__(self, fs: FileSystem, layout: Layout, head_format: HeadFormat, disk: Disk) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._disk = disk
+        self._image = FlatImage.open(fs, layout.image(disk.id), head_format, size_bytes=disk.size_bytes)
+        try:
+            self._tree_file: File = fs.open(layout.tree(disk.id))
+        except BaseException:
+            self._image.close()
+            raise
+        self._tree = MerkleTree(FileNodes(self._tree_file), disk.leaf_bytes)
+
+    def __enter__(self) -> _Checker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._image.close()
+        self._tree_file.close()
+
+    def run(self, progress: Callable[[int], None]) -> DiskVerdict:
+        disk = self._disk
+        suspects: list[int] = []
+        checked = 0
+        for offset, length in _windows(disk, self._ranges()):
+            first = offset // disk.leaf_bytes
+            suspects += (first + self._differing(offset, length)).tolist()
+            checked += length
+            progress(offset + length)
+        mismatches = self._confirm(suspects)
+        progress(disk.size_bytes)
+        return DiskVerdict(disk, checked, mismatches)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Where image or tree are not zero, in bytes, window by window."""
+        return _merged(self._image.allocated(0, self._disk.size_bytes), self._tree_ranges())
+
+    def _tree_ranges(self) -> Iterator[tuple[int, int]]:
+        leaf = self._disk.leaf_bytes
+        for first, stop in self._tree.stored_leaves(self._disk.count_leaves):
+            yield first * leaf, min(stop * leaf, self._disk.size_bytes)
+
+    def _differing(self, offset: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Indices, counted from the window's first leaf, of the leaves that are not what the tree says."""
+        leaf = self._disk.leaf_bytes
+        buffer = memoryview(bytearray(length))
+        self._image.read_into(offset, buffer)
+        found = leaf_digests(buffer, offset // leaf, leaf)
+        stored = self._tree.leaves(offset // leaf, len(found))
+        return np.flatnonzero((found != stored).any(axis=1))
+
+    def _confirm(self, suspects: list[int]) -> tuple[tuple[int, int], ...]:
+        """Look again while no commit can be in the way."""
+        disk, leaf = self._disk, self._disk.leaf_bytes
+        wrong: list[tuple[int, int]] = []
+        with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
+            state = documents.load(self._fs, self._layout.state, StoreState)
+            committed = state.head.disk(disk.id)
+            if committed is None or state.applying is not None or committed.disk != disk:
+                return ()
+            for index in suspects:
+                offset = index * leaf
+                length = min(leaf, disk.size_bytes - offset)
+                if len(self._differing(offset, length)):
+                    wrong.append((offset, length))
+            if not wrong and not self._tree_fits(committed):
+                wrong.append((0, disk.size_bytes))
+        return tuple(_joined(wrong))
+
+    def _tree_fits(self, committed: DiskState) -> bool:
+        """Whether the stored leaves and the stored root both give the committed root."""
+        if self._tree.root(self._disk.size_bytes) != committed.root:
+            return False
+        update = MerkleTree(MemoryNodes(), self._disk.leaf_bytes).update(write=False)
+        for first, stop in self._tree.stored_leaves(self._disk.count_leaves):
+            for begin in range(first, stop, 4096):
+                update.put(begin, self._tree.leaves(begin, min(4096, stop - begin)))
+        return update.root(self._disk.size_bytes) == committed.root
+
+
+def _windows(disk: Disk, ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(offset, length) of leaf-aligned windows that cover the ranges, each once."""
+    leaf, reached = disk.leaf_bytes, 0
+    for start, stop in ranges:
+        begin = max(reached, start // leaf * leaf)
+        end = min(-(-stop // leaf) * leaf, disk.size_bytes)
+        for offset in range(begin, end, WINDOW_BYTES):
+            yield offset, min(WINDOW_BYTES, end - offset)
+        reached = max(reached, end)
+
+
+def _merged(a: Iterator[tuple[int, int]], b: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Two ascending streams of ranges as one; ranges may overlap afterwards."""
+    return heapq.merge(a, b)
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for offset, length in ranges:
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((offset, length))
+    return joined

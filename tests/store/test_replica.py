@@ -1,0 +1,463 @@
+"""The store's life: receive, commit, recover, read, rotate, verify, restore."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from replica.durable import File, FileSystem
+from replica.errors import (
+    BaseMismatchError,
+    BusyError,
+    DamageError,
+    FencedError,
+    FormatError,
+    PointGoneError,
+    ProtocolError,
+    ReplicaError,
+    RootMismatchError,
+    StorageError,
+    StorageFullError,
+    TargetExistsError,
+)
+from replica.model import DeltaId, DiskId, Epoch, random_id
+from replica.store import ReplicaReader, ReplicaStore, restore_point
+from tests.store.small_primary import SmallPrimary
+
+SIZES = {"os": 3_000_001, "data": 9_437_184}
+
+
+@pytest.fixture
+def fs() -> FileSystem:
+    return FileSystem()
+
+
+def check_points(fs: FileSystem, directory: Path, primary: SmallPrimary, expected: list[int]) -> None:
+    """Every listed point is exactly one of `expected`, and reads back byte for byte."""
+    reader = ReplicaReader(fs, directory)
+    infos = reader.points()
+    assert [info.state.point for info in infos] == expected
+    assert all(info.restorable for info in infos)
+    for number in expected:
+        with reader.open_point(number) as point:
+            for disk in point.disks:
+                buffer = bytearray(disk.size_bytes)
+                point.read_into(disk.id, 0, buffer)
+                assert buffer == primary.copies[number][disk.name], (number, disk.name)
+
+
+@pytest.mark.parametrize("head_format", ["raw", "vhd"])
+def test_points_restore_exactly_and_rotate(fs: FileSystem, tmp_path: Path, head_format: str) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path, head_format)
+    for _ in range(6):
+        primary.scribble()
+        primary.sync(store)
+    primary.sync(store)  # nothing changed: a point all the same
+    check_points(fs, store.directory, primary, [1, 2, 3, 4, 5, 6, 7])
+    assert store.rotate(3) == [1, 2, 3, 4]
+    check_points(fs, store.directory, primary, [5, 6, 7])
+    assert store.rotate(3) == []
+    assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
+    store.close()
+    assert not fs.list_names(store.directory / "incoming")
+    assert len(fs.list_names(store.directory / "points")) == 2
+
+
+def test_disks_grow_shrink_come_and_go(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store)
+    primary.content["os"] += primary.random.randbytes(500_000) + bytes(500_000)
+    del primary.content["data"][4_000_123:]
+    primary.sync(store)
+    primary.scribble()
+    primary.ids["extra"] = DiskId(random_id())
+    primary.content["extra"] = bytearray(primary.random.randbytes(100_000))
+    primary.sync(store)
+    del primary.content["data"], primary.ids["data"]
+    primary.sync(store)
+    primary.scribble()
+    del primary.content["os"][10_000:]
+    primary.sync(store)
+    check_points(fs, store.directory, primary, [1, 2, 3, 4, 5])
+    assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
+
+
+def test_restore_writes_images_and_refuses_to_overwrite(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path / "s")
+    for _ in range(3):
+        primary.scribble()
+        primary.sync(store)
+    reader = ReplicaReader(fs, store.directory)
+    with reader.open_point(2) as point:
+        paths = restore_point(fs, point, tmp_path / "out", "raw")
+        assert {name: path.read_bytes() for name, path in paths.items()} == primary.copies[2]
+        with pytest.raises(TargetExistsError):
+            restore_point(fs, point, tmp_path / "out", "raw")
+    assert sorted(os.listdir(tmp_path / "out")) == ["data.raw", "os.raw"]
+
+
+def test_a_delta_on_another_base_or_epoch_is_refused(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    stale = primary.make()
+    primary.sync(store)
+    with pytest.raises(BaseMismatchError):
+        primary.send(store, stale)
+    made = primary.make()
+    with pytest.raises(FencedError):
+        store.begin(made.delta_id, made.base.delta_id, Epoch(1, random_id()), made.header)
+    with pytest.raises(FencedError):
+        store.begin(made.delta_id, made.base.delta_id, Epoch(0, primary.epoch.holder), made.header)
+    epoch = store.adopt(primary.epoch, random_id())
+    assert epoch.counter == 2
+    assert store.adopt(primary.epoch, epoch.holder) == epoch
+    with pytest.raises(FencedError):
+        primary.send(store, made)
+    primary.epoch = epoch
+    primary.scribble()
+    primary.sync(store)
+    check_points(fs, store.directory, primary, [1, 2])
+
+
+def test_a_delta_with_a_wrong_root_changes_nothing(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store)
+    primary.scribble()
+    kept = primary.sent["os"]
+    primary.sent["os"] = bytes(primary.content["os"])  # the delta leaves out what changed on this disk
+    made = primary.make()
+    primary.send(store, made)
+    with pytest.raises(RootMismatchError):
+        store.commit(made.delta_id)
+    primary.sent["os"] = kept
+    check_points(fs, store.directory, primary, [1])
+    assert store.receiving is None and not [n for n in os.listdir(store.directory / "points") if n.startswith(".")]
+    primary.sync(store)
+    check_points(fs, store.directory, primary, [1, 2])
+
+
+def test_segments_resume_in_another_process(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary({"os": 20 << 20})
+    store = primary.enrol(fs, tmp_path)
+    primary.content["os"][:] = primary.random.randbytes(20 << 20)
+    made = primary.make()
+    assert len(made.segments) >= 5
+    store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header)
+    for number in (0, 1, 3):
+        store.receive(made.delta_id, number, *made.segments[number][1:])
+    store.close()
+    part = store.directory / "incoming" / f"{made.delta_id}.part"
+    with part.open("r+b") as file:  # segment 1 did not survive the power failure
+        file.seek(made.segments[1][1] + 1000)
+        file.write(b"rotten")
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header) == [(0, 1), (3, 4)]
+    with pytest.raises(ProtocolError):
+        store.finish(made.delta_id, made.tail, made.tail_offset)
+    with pytest.raises(FormatError):
+        store.receive(made.delta_id, 2, made.segments[2][1], made.segments[2][2], b"x" * 100)
+    primary.send(store, made)
+    store.commit(made.delta_id)
+    assert store.commit(made.delta_id) == made.result
+    primary.acknowledge(made)
+    check_points(fs, store.directory, primary, [1])
+
+
+def test_a_received_delta_waits_for_its_commit_over_a_restart(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+    store.close()
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.received == made.delta_id
+    store.commit(made.delta_id)
+    primary.acknowledge(made)
+    check_points(fs, store.directory, primary, [1])
+
+
+def test_only_one_process_writes(fs: FileSystem, tmp_path: Path) -> None:
+    store = SmallPrimary(SIZES).enrol(fs, tmp_path)
+    with pytest.raises(BusyError, match="in use by another process"):
+        ReplicaStore.open(fs, store.directory)
+    store.close()
+    ReplicaStore.open(fs, store.directory).close()
+
+
+class CutFileSystem(FileSystem):
+    """Every write, sync, rename, unlink … is one step; from step `cut_at` on each of them fails."""
+
+    def __init__(self, cut_at: int, error: int = errno.EIO) -> None:
+        self.cut_at, self.error, self.steps = cut_at, error, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > self.cut_at:
+            kind = StorageFullError if self.error == errno.ENOSPC else StorageError
+            raise kind(f"step {self.steps} was cut")
+
+    def open(self, path: Path, *, write: bool = False) -> File:
+        file = super().open(path, write=write)
+        return CutFile(self, file) if write else file
+
+    def create(self, path: Path, *, private: bool = False) -> File:
+        self.step()
+        return CutFile(self, super().create(path, private=private))
+
+    def sync_directory(self, path: Path) -> None:
+        self.step()
+        super().sync_directory(path)
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        self.step()
+        super().publish(temporary, final)
+
+    def unlink(self, path: Path) -> None:
+        self.step()
+        super().unlink(path)
+
+
+class CutFile(File):
+    def __init__(self, fs: CutFileSystem, file: File) -> None:
+        super().__init__(os.dup(file.fileno()), file.path)
+        file.close()
+        self._cut = fs
+
+    def write(self, offset: int, data: object) -> None:
+        self._cut.step()
+        super().write(offset, data)  # type: ignore[arg-type]
+
+    def truncate(self, size_bytes: int) -> None:
+        self._cut.step()
+        super().truncate(size_bytes)
+
+    def zero(self, offset: int, length: int) -> None:
+        self._cut.step()
+        super().zero(offset, length)
+
+    def sync(self) -> None:
+        self._cut.step()
+        super().sync()
+
+
+@pytest.mark.parametrize("head_format", ["raw", "vhd"])
+@pytest.mark.parametrize("resize", [False, True])
+def test_a_commit_cut_at_any_step_recovers(fs: FileSystem, tmp_path: Path, head_format: str, resize: bool) -> None:
+    """Cut by failing I/O, then recovered by a new process: the old points always read exactly, the new one once acknowledged."""
+    cut_at, committed = 0, False
+    while not committed:
+        root = tmp_path / str(cut_at)
+        primary = SmallPrimary({"os": 300_001, "data": 500_000}, seed=7)
+        store = primary.enrol(fs, root, head_format)
+        for _ in range(2):
+            primary.scribble(count=3)
+            primary.sync(store)
+        primary.scribble(count=3)
+        if resize:
+            primary.content["os"] += primary.random.randbytes(70_000)
+            del primary.content["data"][200_000:]
+        made = primary.make()
+        primary.send(store, made)
+        store.close()
+
+        cutting = CutFileSystem(1 << 60)
+        store = ReplicaStore.open(cutting, store.directory)
+        cutting.steps, cutting.cut_at = 0, cut_at
+        try:
+            store.commit(made.delta_id)
+            committed = True
+        except ReplicaError:
+            # Listed once its state file has its name, acknowledged only once that name is durable.
+            listed = len(ReplicaReader(fs, store.directory).points())
+            primary.copies[3] = {name: bytes(data) for name, data in primary.content.items()}
+            check_points(fs, store.directory, primary, [1, 2, 3][:listed])
+            assert listed >= 2
+        store.close()
+
+        store = ReplicaStore.open(fs, store.directory)
+        assert store.stopped is None and store.applying is None
+        if store.head.delta_id != made.delta_id:
+            assert not committed
+            check_points(fs, store.directory, primary, [1, 2])
+            if store.received is None:
+                primary.send(store, made)
+            store.commit(made.delta_id)
+        primary.acknowledge(made)
+        check_points(fs, store.directory, primary, [1, 2, 3])
+        assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
+        assert not fs.list_names(store.directory / "incoming")
+        primary.scribble()
+        primary.sync(store)
+        check_points(fs, store.directory, primary, [1, 2, 3, 4])
+        store.close()
+        cut_at += 1
+    assert cut_at > 15
+
+
+@pytest.mark.parametrize("lost", ["incoming", "points", "both"])
+def test_recovery_goes_back_when_it_cannot_go_on(fs: FileSystem, tmp_path: Path, lost: str) -> None:
+    """A commit cut in the head's rewrite; then the delta or the inverse rots."""
+    primary = SmallPrimary({"os": 300_001, "data": 500_000}, seed=7)
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(2):
+        primary.scribble(count=3)
+        primary.sync(store)
+    primary.scribble(count=6)
+    primary.content["os"] += primary.random.randbytes(70_000)
+    del primary.content["data"][200_000:]
+    made = primary.make()
+    primary.send(store, made)
+    store.close()
+    cutting = CutFileSystem(1 << 60)
+    store = ReplicaStore.open(cutting, store.directory)
+    inverse = store.directory / "points" / str(made.delta_id)
+    original = cutting.step
+
+    def cut_in_the_head() -> None:
+        if inverse.exists() and cutting.cut_at == 1 << 60:
+            cutting.cut_at = cutting.steps + 9
+        original()
+
+    cutting.step = cut_in_the_head  # type: ignore[method-assign]
+    with pytest.raises(StorageError):
+        store.commit(made.delta_id)
+    assert store.stopped is not None
+    store.close()
+    for directory in ["incoming", "points"] if lost == "both" else [lost]:
+        path = store.directory / directory / str(made.delta_id)
+        data = bytearray(path.read_bytes())
+        data[-20 if directory == "points" else len(data) // 2] ^= 1
+        path.write_bytes(data)
+    store = ReplicaStore.open(fs, store.directory)
+    if lost == "both":
+        assert isinstance(store.stopped, DamageError)
+        assert (store.directory / "incoming" / str(made.delta_id)).exists()
+        return
+    assert store.stopped is None
+    if lost == "points":
+        primary.acknowledge(made)
+        assert store.head == made.result
+        reader = ReplicaReader(fs, store.directory)
+        assert [(i.state.point, i.restorable) for i in reader.points()] == [(1, False), (2, False), (3, True)]
+        with pytest.raises(PointGoneError):
+            reader.open_point(1)
+    else:
+        assert store.head == made.base
+        check_points(fs, store.directory, primary, [1, 2])
+        primary.sync(store)
+        check_points(fs, store.directory, primary, [1, 2, 3])
+
+
+def test_a_stopped_replica_goes_on_when_there_is_space_again(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store)
+    store.close()
+    full = CutFileSystem(1 << 60, errno.ENOSPC)
+    store = ReplicaStore.open(full, store.directory)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+    full.steps, full.cut_at = 0, 30
+    with pytest.raises(StorageFullError):
+        store.commit(made.delta_id)
+    with pytest.raises(StorageFullError):
+        store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header)
+    check_points(fs, store.directory, primary, [1])
+    full.cut_at = 1 << 60
+    if store.commit(made.delta_id) == made.result:
+        primary.acknowledge(made)
+    check_points(fs, store.directory, primary, [1, 2])
+
+
+def test_a_pinned_point_is_not_rotated_out(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(4):
+        primary.scribble()
+        primary.sync(store)
+    with ReplicaReader(fs, store.directory).open_point(2):
+        assert store.rotate(1) == [1]
+        check_points(fs, store.directory, primary, [2, 3, 4])
+    assert store.rotate(1) == [2, 3]
+    assert not fs.list_names(store.directory / "points")
+    with pytest.raises(PointGoneError, match="4 to 4"):
+        ReplicaReader(fs, store.directory).open_point(2)
+
+
+def test_points_read_exactly_while_commits_go_on(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary({"os": 2_000_000})
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(3):
+        primary.scribble(count=20)
+        primary.sync(store)
+    stop, failures, reads = threading.Event(), [], [0]
+
+    def read_all_the_time() -> None:
+        while not stop.is_set():
+            try:
+                with ReplicaReader(fs, store.directory).open_point() as point:
+                    number = point.state.point
+                    for _ in range(5):
+                        buffer = bytearray(2_000_000)
+                        point.read_into(point.disks[0].id, 0, buffer)
+                        if buffer != primary.copies[number]["os"]:
+                            failures.append(number)
+                        reads[0] += 1
+            except BaseException as error:  # a thread must hand every failure to the test
+                failures.append(error)
+
+    threads = [threading.Thread(target=read_all_the_time) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(25):
+        primary.scribble(count=40)
+        made = primary.make()
+        primary.send(store, made)
+        primary.copies[made.result.point] = {n: bytes(d) for n, d in primary.content.items()}
+        store.commit(made.delta_id)
+        primary.acknowledge(made)
+        store.rotate(3)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures and reads[0] > 10
+
+
+def test_verify_names_the_damaged_leaf(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble(count=50)
+    primary.sync(store)
+    reader = ReplicaReader(fs, store.directory)
+    disk = primary.disk("data")
+    image = store.directory / "head" / f"{disk.id}.img"
+    with image.open("r+b") as file:
+        file.seek(5 * 16384 + 77)
+        byte = file.read(1)
+        file.seek(5 * 16384 + 77)
+        file.write(bytes([byte[0] ^ 4]))
+    found = {verdict.disk.name: verdict.mismatches for verdict in reader.verify()}
+    assert found == {"os": (), "data": ((5 * 16384, 16384),)}
+    with pytest.raises(DamageError), reader.open_point() as point:
+        restore_point(fs, point, tmp_path / "out", "raw")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_wrong_delta_id_is_not_received(fs: FileSystem, tmp_path: Path) -> None:
+    store = SmallPrimary(SIZES).enrol(fs, tmp_path)
+    with pytest.raises(ProtocolError, match="not open"):
+        store.receive(DeltaId(random_id()), 0, 160, bytes(32), b"x")
