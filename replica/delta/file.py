@@ -83,13 +83,9 @@ class DeltaFileReader:
         """Number of segments."""
         return len(self.manifest.table)
 
-    def entry(self, number: int) -> SegmentEntry:
-        disk, length, offset, first, last, digest = self.manifest.table[number].item()
-        return SegmentEntry(number, disk, offset, length, first, last, bytes(digest))
-
     def segment(self, number: int) -> Segment:
         """One segment, read, opened and checked to be canonical. DamageError, FormatError."""
-        entry = self.entry(number)
+        entry = self.manifest.entry(number)
         blob = self._read(entry.offset, entry.length)
         if blake3(blob).digest() != entry.digest:
             raise FormatError(f"segment {number} of {self.name} is not the one its manifest names")
@@ -105,7 +101,7 @@ class DeltaFileReader:
 
     def table(self, number: int) -> Table:
         """A segment's extents and chunks, without reading its payload. Opened anew at every call."""
-        entry = self.entry(number)
+        entry = self.manifest.entry(number)
         length = table_bytes(self._read(entry.offset, PREFIX_BYTES), number, entry.length, self.name)
         table = open_table(self._opener, number, self._read(entry.offset + PREFIX_BYTES, length), entry.length)
         self._check_range(entry, table.disk, table.extents)
@@ -115,7 +111,7 @@ class DeltaFileReader:
     def chunk(self, table: Table, index: int) -> bytes:
         """Raw bytes of one chunk of a segment's payload. Opened anew at every call."""
         start, stop = (int(table.sealed_starts[i]) for i in (index, index + 1))
-        return open_chunk(self._opener, table, index, self._read(self.entry(table.number).offset + start, stop - start))
+        return open_chunk(self._opener, table, index, self._read(self.manifest.entry(table.number).offset + start, stop - start))
 
     def extents(self) -> Iterator[tuple[int, Rows]]:
         """(disk index, rows) of all segments in number order; no payload is read."""

@@ -13,7 +13,7 @@ A manifest stays a numpy table: 64 bytes per 4 MiB, at any disk size.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,14 @@ class Manifest:
     result: State
     disks: tuple[DiskChange, ...]
     table: SegmentRows
+
+    def entry(self, number: int) -> SegmentEntry:
+        disk, length, offset, first, last, digest = self.table[number].item()
+        return SegmentEntry(number, disk, offset, length, first, last, bytes(digest))
+
+    def entries(self) -> Iterator[SegmentEntry]:
+        """All segments, in number order."""
+        return (self.entry(number) for number in range(len(self.table)))
 
 
 def encode_manifest(delta_id: DeltaId, base: State, result: State, entries: Iterable[SegmentEntry]) -> bytes:

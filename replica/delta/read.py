@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 Below = Callable[[DiskId, int, memoryview], None]
 """Reads the head: disk, offset, buffer to fill. Called only inside the disk's size in the state below the layers."""
+HeadRanges = Callable[[DiskId, int, int], Iterable[tuple[int, int]]]
+"""Which bytes of [start, stop) the head may have anything but zeros in: half-open, ascending, disjoint."""
 CACHE_BYTES = 32 << 20
+ALLOCATED_BYTES = 64 << 20
+"""Of the disk that `allocated` looks at together."""
 SCAN_BYTES = 1 << 30
 """Of the disk that `runs` looks at together."""
 
@@ -110,12 +114,44 @@ class _Cache:
                 self._used -= self._items.popitem(last=False)[1][1]
 
 
+def _all_of_it(_disk_id: DiskId, start: int, stop: int) -> Iterable[tuple[int, int]]:
+    return ((start, stop),)
+
+
+def _union(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Sorted ranges with those joined that touch or overlap."""
+    low = high = -1
+    for start, stop in ranges:
+        if start > high:
+            if low < high:
+                yield low, high
+            low, high = start, stop
+        high = max(high, stop)
+    if low < high:
+        yield low, high
+
+
+def _intersection(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What two sorted lists of disjoint ranges have in common."""
+    common: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < stop:
+            common.append((start, stop))
+        if a[i][1] <= b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common
+
+
 class ChainReader:
     """Reads the state that the first layer leads to. Thread-safe.
 
     `head` is the state that the last layer starts from (the point itself, if there are no layers); `below` reads
     it. `newer` returns the layers that appeared since it was last asked, nearest the point first; calls of it are
-    serialised. BaseMismatchError if the layers are no chain.
+    serialised. `head_ranges` is what `allocated` knows of the head's holes. BaseMismatchError if the layers are no chain.
     """
 
     def __init__(
@@ -124,9 +160,10 @@ class ChainReader:
         layers: Sequence[Layer],
         below: Below,
         newer: Callable[[], Sequence[Layer]] = tuple,
+        head_ranges: HeadRanges = _all_of_it,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._below, self._newer = below, newer
+        self._below, self._newer, self._head_ranges = below, newer, head_ranges
         self._lock = threading.Lock()
         self._cache = _Cache(cache_bytes)
         self._layers: tuple[Layer, ...] = ()
@@ -167,16 +204,21 @@ class ChainReader:
             yield from sorted(self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop)))
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Half-open ranges of bytes that may be anything but zero, ascending; all that the head has counts."""
-        low = high = start
-        for run in self.runs(disk_id, start, stop):
-            if run.start > high:
-                if low < high:
-                    yield low, high
-                low = run.start
-            high = run.stop
-        if low < high:
-            yield low, high
+        """Half-open ranges of bytes that may be anything but zero, ascending. ValueError outside of the disk.
+
+        What the head has counts where `head_ranges` says so. It is asked before `newer`, as bytes are: a range that
+        a commit makes a hole meanwhile is in the inverse that is seen afterwards.
+        """
+        disk = self._disk(disk_id, start, stop)
+        for begin in range(start, stop, ALLOCATED_BYTES):
+            end = min(begin + ALLOCATED_BYTES, stop)
+            of_head = list(self._head_ranges(disk_id, begin, end))
+            self._grew(self._layers)
+            layers = self._layers
+            runs = self._resolve(layers, disk, begin, end)
+            answered = [(run.start, run.stop) for run in runs if run.layer < len(layers)]
+            passed = [(run.start, run.stop) for run in runs if run.layer == len(layers)]
+            yield from _union(sorted(answered + _intersection(sorted(passed), of_head)))
 
     def _disk(self, disk_id: DiskId, start: int, stop: int) -> Disk:
         found = self.state.disk(disk_id)
