@@ -116,8 +116,8 @@ class Slot:
     def adopt(self, adopt: Adopt) -> None:
         store = self.store()
         with self._jobs:
-            check_adopt(self._active, adopt.holder, self._clock())
             self._refuse_while_working("adopt")
+            check_adopt(self._active, adopt.holder, self._clock())
         before = store.epoch
         after = store.adopt(adopt.expected, adopt.holder)
         if after != before:
