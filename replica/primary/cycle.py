@@ -1,0 +1,217 @@
+"""One replication cycle of one machine: the sender's algorithm.
+
+    lock                                                     one sync or run per machine
+    thaw, if a mark says that it may be frozen
+    contact the receiver; make, adopt or find the replica    (`enrol`)
+    wait, fold or discard until both sides agree             (`plan`)
+    begin a delta on the replica's head                      the receiver may refuse: nothing was frozen yet
+    freeze                                                   (`tracking.instant`)
+      every disk: scan -> rows -> segments -> sealed -> spool -> sent by its own thread
+    thaw, as soon as the last byte was read                  or the proof that the source stood still
+    all segments arrived; journal durable
+    commit                                                   from here on only the receiver knows
+    fold the journal, store the new state
+
+An exception anywhere leaves a state from which the next cycle goes on: before
+the commit is asked for nothing has changed but the receiver's spool; after it,
+the journal is there, and the plan finds out what became of it.
+
+If the receiver finds other roots than the manifest names, the trackers did not
+describe what they should: they are not trusted any more, and the same call
+ships everything once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import msgspec
+
+from replica import images
+from replica.delta import DataKey, DeltaSealer
+from replica.durable import FileSystem
+from replica.errors import BusyError, RootMismatchError
+from replica.model import Consistency, DeltaId, Disk, DiskState, Frozen, ReplicaId, State, random_id
+from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, ReplicaView, Ship, Wait, next_step
+from replica.primary.enrol import UNKNOWN_DISK_ID, contact, current_disks, look
+from replica.primary.reading import Reading
+from replica.primary.record import MachineDirectory, MachineRecord
+from replica.primary.retry import Patience
+from replica.primary.shipment import Shipment
+from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
+from replica.primary.status import noted
+from replica.progress import Progress, silent
+from replica.tracking.hash import HashTracker
+from replica.tracking.instant import thaw_marked
+from replica.tracking.journal import JournalSummary, JournalWriter
+from replica.transport.api import Receiver
+from replica.transport.wire import ReplicaInfo
+
+RETRY_SECONDS = 60.0
+WAIT_LIMIT_SECONDS = 3600.0
+_log = logging.getLogger(__name__)
+
+
+class SyncResult(Frozen, frozen=True):
+    """A point that is committed at the replica, and what it took.
+
+    `bytes_scanned` were read from the images; `bytes_changed` is the grains that differ from the point before,
+    zeroed ones included (in a first copy or resync: those that have content); `bytes_wire` are HTTP bytes sent,
+    before TLS. `roots`: disk name -> Merkle root in hex.
+    """
+
+    machine: str
+    replica_id: ReplicaId
+    point: int
+    frozen_at_ns: int
+    consistency: Consistency
+    mode: Mode
+    bytes_scanned: int
+    bytes_changed: int
+    bytes_wire: int
+    seconds: float
+    roots: dict[str, str]
+
+
+def sync_machine(
+    fs: FileSystem,
+    spec: SenderSpec,
+    machine: MachineSpec,
+    receiver: Receiver,
+    progress: Progress = silent,
+    *,
+    retry_seconds: float = RETRY_SECONDS,
+    stop: threading.Event | None = None,
+) -> SyncResult:
+    """Make one point of `machine` and see it committed. Raises a ReplicaError; `Stopped` once `stop` is set.
+
+    `retry_seconds`: how long a connection may stay broken in the middle of a delta.
+    `receiver` is used by one thread at a time, and not closed.
+    """
+    directory = MachineDirectory(fs, spec.machine_directory(machine.name))
+    with directory.locked(machine.name), noted(fs, directory.path):
+        thaw_marked(fs, directory.path, machine.freezing)
+        return _Cycle(fs, spec, machine, directory, receiver, progress, Patience(retry_seconds, stop)).run()
+
+
+class _Cycle:
+    """One call of `sync_machine`, with the machine's lock held."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        spec: SenderSpec,
+        machine: MachineSpec,
+        directory: MachineDirectory,
+        receiver: Receiver,
+        progress: Progress,
+        patience: Patience,
+    ) -> None:
+        self.fs, self.spec, self.machine, self.directory = fs, spec, machine, directory
+        self.receiver, self.progress, self.patience = receiver, progress, patience
+        self.started = time.monotonic()
+        self.sent_before = receiver.bytes_sent
+
+    def run(self) -> SyncResult:
+        measured = tuple(self._measure(disk) for disk in self.machine.disks)
+        record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, measured)
+        disks = current_disks(record, measured)
+        record, ship = self._agree(record, info, disks)
+        try:
+            return self._ship(record, key, ship)
+        except RootMismatchError as error:
+            _log.warning("machine %r: %s; shipping everything once", self.machine.name, error)
+            record = self.directory.load() or record
+            record = self.directory.save(msgspec.structs.replace(record, trusted=False))
+        info = self._look(record)
+        record, ship = self._agree(record, info, disks)
+        return self._ship(record, key, ship)
+
+    def _measure(self, disk: DiskSpec) -> Disk:
+        """The disk as its image is now; its id is not known here."""
+        with images.open(disk.image, disk.format, fs=self.fs) as image:
+            return Disk(UNKNOWN_DISK_ID, disk.name, image.size_bytes, image.sector_bytes)
+
+    # --- agreeing on where to start ---
+
+    def _agree(self, record: MachineRecord, info: ReplicaInfo, disks: tuple[Disk, ...]) -> tuple[MachineRecord, Ship]:
+        """Do what the plan says until it says to ship. Raises what the plan raises, and BusyError after an hour."""
+        deadline = time.monotonic() + WAIT_LIMIT_SECONDS
+        delay = 0.05
+        while True:
+            primary = PrimaryView(
+                record.machine, record.epoch, disks, record.head, self.directory.pending(), record.trusted
+            )
+            step = next_step(primary, ReplicaView(info.epoch, info.head, info.applying, info.receiving))
+            if isinstance(step, Ship):
+                break
+            if isinstance(step, Fold):
+                record = self.directory.fold_pending(record)
+                continue
+            if isinstance(step, DiscardPending):
+                self.directory.discard_pending()
+                continue
+            if time.monotonic() > deadline:
+                raise BusyError(f"the receiver still applies a delta of machine {record.machine!r}")
+            self._cancel_or_wait(step, record, delay)
+            delay = min(2 * delay, 1.0)
+            info = self._look(record)
+        if step.mode is Mode.INITIAL and record.disks != disks:
+            record = self.directory.save(msgspec.structs.replace(record, disks=disks))
+        return record, step
+
+    def _look(self, record: MachineRecord) -> ReplicaInfo:
+        return self.patience.call(lambda: look(self.receiver, record))
+
+    def _cancel_or_wait(self, step: Wait | Cancel, record: MachineRecord, delay: float) -> None:
+        if isinstance(step, Cancel):
+            try:
+                self.patience.call(lambda: self.receiver.discard(record.replica_id, step.delta_id))
+                return
+            except BusyError:  # being applied after all
+                pass
+        self.patience.pause(delay)
+
+    # --- making and shipping a delta ---
+
+    def _ship(self, record: MachineRecord, key: DataKey, ship: Ship) -> SyncResult:
+        delta_id = DeltaId(random_id())
+        sealer = DeltaSealer(key, record.replica_id, delta_id, record.epoch)
+        trackers = [HashTracker(self.fs, self.directory.path, disk) for disk in record.disks]
+        fresh = tuple(ship.mode is not Mode.INCREMENTAL or not tracker.known for tracker in trackers)
+        with Shipment(
+            self.fs, self.directory.path, self.receiver, sealer, delta_id, ship.base, record.epoch, self.patience
+        ) as shipment:
+            shipment.begin()
+            with JournalWriter(self.fs, self.directory.path) as journal:
+                reading = Reading(self.fs, self.directory.path, self.machine, shipment, sealer, journal, self.progress)
+                snapshot, roots = reading.read(trackers, fresh, ship.base, self.patience.check)
+                shipment.wait_sent(reading.report)
+                states = tuple(DiskState(disk, root) for disk, root in zip(record.disks, roots, strict=True))
+                result = State(
+                    record.replica_id,
+                    delta_id,
+                    ship.point,
+                    record.epoch,
+                    snapshot.frozen_at_ns,
+                    snapshot.consistency,
+                    states,
+                )
+                journal.finish(JournalSummary(ship.base.delta_id, result, fresh))
+            shipment.commit(result)
+        self.directory.fold_pending(record)
+        return SyncResult(
+            machine=self.machine.name,
+            replica_id=record.replica_id,
+            point=result.point,
+            frozen_at_ns=result.frozen_at_ns,
+            consistency=result.consistency,
+            mode=ship.mode,
+            bytes_scanned=reading.scanned,
+            bytes_changed=reading.changed,
+            bytes_wire=self.receiver.bytes_sent - self.sent_before,
+            seconds=time.monotonic() - self.started,
+            roots=result.roots,
+        )

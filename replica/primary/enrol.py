@@ -1,0 +1,148 @@
+"""Becoming the writer of a replica: making it, or finding one's own again.
+
+A machine without a state directory asks the receiver for the replicas of its
+name that belong to its certificate:
+
+- none: a new one is made. Its data key and its record are durable here before
+  the receiver hears of it, so that a crash in between leaves nothing that
+  nobody knows, and doing it again is the same enrolment;
+- one with the same disks (names and sizes), or still empty, whose key is in
+  `keys`: it is adopted. The epoch grows, whoever wrote before is fenced;
+- anything else is for an operator to decide.
+
+Adoption costs reading the disks once: what the replica holds is not known here.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import msgspec
+
+from replica.delta import DataKey, Keyring
+from replica.durable import FileSystem
+from replica.errors import ConflictError, KeyMissingError
+from replica.model import Disk, DiskId, Epoch, ReplicaId, State, random_id
+from replica.primary.record import MachineDirectory, MachineRecord, Stage
+from replica.primary.spec import MachineSpec, SenderSpec
+from replica.transport.api import Receiver
+from replica.transport.wire import Adopt, Enrol, ReplicaInfo
+
+
+def keyring(fs: FileSystem, spec: SenderSpec, replica_id: ReplicaId) -> Keyring:
+    """The replica's keys; outside of all state."""
+    return Keyring(fs, spec.keys / str(replica_id))
+
+
+def contact(
+    fs: FileSystem,
+    spec: SenderSpec,
+    machine: MachineSpec,
+    directory: MachineDirectory,
+    receiver: Receiver,
+    images: tuple[Disk, ...],
+) -> tuple[MachineRecord, DataKey, ReplicaInfo]:
+    """Be the writer of this machine's replica. `images`: its disks as the images are, with any ids.
+
+    Idempotent after a crash anywhere. Raises ConflictError, KeyMissingError, BusyError and all the receiver raises.
+    """
+    record = directory.load()
+    if record is not None:
+        record = directory.finish_fold(record)
+    else:
+        record = directory.save(_find(fs, spec, machine, receiver, images) or _make(fs, spec, machine, images))
+    key = keyring(fs, spec, record.replica_id).get(record.key_id)
+    if record.stage is Stage.ENROLLING:
+        info = _enrol(directory, receiver, record, key)
+        record = directory.save(msgspec.structs.replace(record, stage=Stage.ENROLLED))
+    elif record.stage is Stage.ADOPTING:
+        info = receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
+        record = directory.save(msgspec.structs.replace(record, stage=Stage.ENROLLED, epoch=info.epoch))
+    else:
+        info = look(receiver, record)
+    return record, key, info
+
+
+def look(receiver: Receiver, record: MachineRecord) -> ReplicaInfo:
+    """What the replica is now. One that stopped is asked to take its writer again, which makes it try to recover."""
+    info = receiver.replica(record.replica_id)
+    if info.stopped is not None and info.epoch == record.epoch:
+        info = receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
+    return info
+
+
+def _enrol(directory: MachineDirectory, receiver: Receiver, record: MachineRecord, key: DataKey) -> ReplicaInfo:
+    """Enrol; if that is refused for good, nobody has this replica: the next contact looks again which there is."""
+    try:
+        return receiver.enrol(record.replica_id, Enrol(record.machine, key.id, key.secret, record.epoch))
+    except ConflictError:
+        directory.forget()
+        raise
+
+
+def _make(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, images: tuple[Disk, ...]) -> MachineRecord:
+    """A replica that so far exists only here. Its key is durable when this returns."""
+    replica_id, holder, key = ReplicaId(random_id()), random_id(), DataKey.generate()
+    keyring(fs, spec, replica_id).add(key)
+    epoch = Epoch(1, holder)
+    return MachineRecord(machine.name, replica_id, key.id, holder, epoch, Stage.ENROLLING, _with_ids(images, None))
+
+
+def _find(
+    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver, images: tuple[Disk, ...]
+) -> MachineRecord | None:
+    """The one replica that must be this machine's own, ready to be adopted. None if there is none of its name."""
+    named = [info for info in receiver.replicas(machine.name) if info.machine == machine.name]
+    if not named:
+        return None
+    matching = [info for info in named if info.head.is_empty or _same_disks(info.head, images)]
+    if len(matching) != 1:
+        raise ConflictError(
+            f"machine {machine.name!r} has no state here, and {len(matching)} of its {len(named)} replicas "
+            "at the receiver have its disks (names and sizes)",
+            hint=f"put its state directory back, or name the machine otherwise; they are "
+            f"{', '.join(str(info.replica_id) for info in named)}",
+        )
+    (info,) = matching
+    key = keyring(fs, spec, info.replica_id).newest
+    if key is None:
+        raise KeyMissingError(
+            f"machine {machine.name!r} has a replica {info.replica_id}, but its data key is not in "
+            f"{spec.keys / str(info.replica_id)}",
+            hint="put that directory back from where keys are kept in escrow, or name the machine otherwise",
+        )
+    disks = _with_ids(images, info.head)
+    return MachineRecord(
+        machine.name, info.replica_id, key.id, random_id(), info.epoch, Stage.ADOPTING, disks, trusted=False
+    )
+
+
+def _same_disks(head: State, images: tuple[Disk, ...]) -> bool:
+    held = sorted((state.disk.name, state.disk.size_bytes) for state in head.disks)
+    return held == sorted((disk.name, disk.size_bytes) for disk in images)
+
+
+def _with_ids(images: tuple[Disk, ...], head: State | None) -> tuple[Disk, ...]:
+    """The disks sorted by id: the head's id (and geometry) where it knows the name, else a new one."""
+    known = {state.disk.name: state.disk for state in head.disks} if head is not None else {}
+    disks = [known.get(disk.name) or msgspec.structs.replace(disk, id=DiskId(random_id())) for disk in images]
+    return tuple(sorted(disks, key=lambda disk: disk.id.bytes))
+
+
+def current_disks(record: MachineRecord, images: tuple[Disk, ...]) -> tuple[Disk, ...]:
+    """The machine's disks as they are now: ids and geometry by name from the record, sizes from the images.
+
+    A name the record does not know gets a new id; `plan` says what that means.
+    """
+    known = {disk.name: disk for disk in record.disks}
+    disks = [
+        msgspec.structs.replace(known[disk.name], size_bytes=disk.size_bytes)
+        if disk.name in known
+        else msgspec.structs.replace(disk, id=DiskId(random_id()))
+        for disk in images
+    ]
+    return tuple(sorted(disks, key=lambda disk: disk.id.bytes))
+
+
+UNKNOWN_DISK_ID = DiskId(UUID(int=0))
+"""The id of a disk that is so far only an image."""

@@ -1,0 +1,142 @@
+"""What a sender keeps of one machine, and the lock on it.
+
+    <state>/<machine>/
+      lock          one sync or run at a time
+      machine.json  `MachineRecord`: which replica, which epoch, the last committed state (atomic replace)
+      frozen        mark: the machine may be frozen (see `tracking.instant`)
+      pending       journal of a delta whose commit may have been asked for
+      folding       journal of a committed delta that is being folded in
+      status.json   what happened last, for `replica status`; worth nothing else
+      disks/<id>/   secret, digests, leaves (see `tracking.hash`)
+
+Losing all of it costs reading the disks once: the replica is found again by
+the certificate, and its key is not here but in `keys`.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import msgspec
+
+from replica import documents
+from replica.durable import FileSystem
+from replica.errors import DamageError, FormatError
+from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
+from replica.tracking.fold import fold
+from replica.tracking.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_log = logging.getLogger(__name__)
+
+
+class Stage(StrEnum):
+    """How far becoming the replica's writer has come. Everything before `ENROLLED` is done again if in doubt."""
+
+    ENROLLING = "enrolling"
+    ADOPTING = "adopting"
+    ENROLLED = "enrolled"
+
+
+class MachineRecord(Frozen, frozen=True):
+    """The durable truth about one machine at its primary.
+
+    `epoch.holder` is random and names this state directory (while ADOPTING
+    `epoch` still is the former writer's, and `holder` says who will be).
+    `head` is the newest state known to be committed, `trusted` whether the
+    trackers describe it.
+    """
+
+    machine: str
+    replica_id: ReplicaId
+    key_id: KeyId
+    holder: UUID
+    epoch: Epoch
+    stage: Stage
+    disks: tuple[Disk, ...]
+    head: State | None = None
+    trusted: bool = True
+
+
+class MachineDirectory:
+    """One machine's state directory. What changes it holds `locked`."""
+
+    def __init__(self, fs: FileSystem, path: Path) -> None:
+        self._fs = fs
+        self.path = path
+
+    @contextmanager
+    def locked(self, machine: str) -> Iterator[None]:
+        """Keep every other sync or run away. BusyError if one is at it."""
+        self._fs.make_directory(self.path, private=True)
+        busy = f"another sync or run is working on machine {machine!r}"
+        with self._fs.lock(self.path / "lock", busy=busy):
+            yield
+
+    def load(self) -> MachineRecord | None:
+        """The record, None if there is none. Raises FormatError if it is damaged."""
+        path = self.path / "machine.json"
+        if not self._fs.exists(path):
+            return None
+        try:
+            return documents.load(self._fs, path, MachineRecord)
+        except FormatError as error:
+            hint = f"move {self.path} away; the next sync finds the replica again and reads every disk anew"
+            raise FormatError(error.message, hint=hint) from error
+
+    def save(self, record: MachineRecord) -> MachineRecord:
+        documents.save(self._fs, self.path / "machine.json", record, private=True)
+        return record
+
+    def forget(self) -> None:
+        """Remove the record of a replica that never came to be."""
+        self._fs.unlink(self.path / "machine.json")
+
+    def pending(self) -> State | None:
+        """The result of the pending delta; None if there is none. A damaged journal is removed: it counts as none."""
+        path = self.path / "pending"
+        if not self._fs.exists(path):
+            return None
+        try:
+            with Journal(self._fs, path) as journal:
+                return journal.summary.result
+        except FormatError:
+            self._fs.unlink(path)
+            return None
+
+    def discard_pending(self) -> None:
+        self._fs.unlink(self.path / "pending")
+
+    def finish_fold(self, record: MachineRecord) -> MachineRecord:
+        """Finish a fold that was interrupted, if any, by what `folding` says."""
+        path = self.path / "folding"
+        if not self._fs.exists(path):
+            return record
+        return self._fold(record, path)
+
+    def fold_pending(self, record: MachineRecord) -> MachineRecord:
+        """The pending delta was committed: fold it in and make its result the record's head."""
+        return self._fold(record, self.path / "pending")
+
+    def _fold(self, record: MachineRecord, path: Path) -> MachineRecord:
+        """accept -> fold -> record -> journal gone. Damage in journal or tree costs the trackers, not the state."""
+        try:
+            with Journal(self._fs, path) as journal:
+                result = journal.summary.result
+                record = msgspec.structs.replace(record, head=result, trusted=True)
+                journal.accept()
+                path = journal.path
+                fold(self._fs, self.path, journal)
+        except DamageError as error:
+            _log.warning("machine %r: %s", record.machine, error)
+            record = msgspec.structs.replace(record, trusted=False)
+        self.save(record)
+        self._fs.unlink(path)
+        return record

@@ -1,0 +1,172 @@
+"""Cycles of many machines: on schedule until stopped (`run`), or once, now (`sync_machines`).
+
+At most `spec.parallel` machines are at work at once; each cycle has its own
+connection. What goes wrong on one machine is logged, noted in its status and
+tried again later; it never stops another one, also if it is a fault in this
+program. One line is logged per cycle.
+
+Stopping waits for the cycles at work, which notice it between two windows, two
+segments, or two waits; what they had not committed costs nothing but being
+read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from replica.durable import FileSystem
+from replica.errors import ReplicaError, StorageError
+from replica.model import rfc3339
+from replica.primary.cycle import RETRY_SECONDS, SyncResult, sync_machine
+from replica.primary.retry import Stopped
+from replica.primary.schedule import Schedule
+from replica.primary.spec import MachineSpec, SenderSpec
+from replica.primary.status import note_due
+from replica.progress import Progress, silent
+from replica.transport.api import Receiver
+from replica.transport.client import HttpReceiver
+
+Connect = Callable[[MachineSpec], Receiver]
+"""Opens the way to a machine's receiver; the cycle closes it."""
+
+_TICK_SECONDS = 0.2
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one machine's cycle ended: a result or an error, never both; neither if it was stopped."""
+
+    machine: str
+    result: SyncResult | None = None
+    error: ReplicaError | None = None
+
+
+def sync_machines(
+    fs: FileSystem,
+    spec: SenderSpec,
+    machines: tuple[MachineSpec, ...] | None = None,
+    *,
+    connect: Connect | None = None,
+    progress: Callable[[str], Progress] = lambda _machine: silent,
+    stop: threading.Event | None = None,
+) -> list[Outcome]:
+    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised."""
+    chosen = spec.machines if machines is None else machines
+    if not chosen:
+        return []
+    with ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool:
+        return list(pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop), chosen))
+
+
+def one_cycle(
+    fs: FileSystem,
+    spec: SenderSpec,
+    machine: MachineSpec,
+    connect: Connect | None = None,
+    progress: Progress = silent,
+    stop: threading.Event | None = None,
+    retry_seconds: float = RETRY_SECONDS,
+) -> Outcome:
+    """`sync_machine` on a connection of its own, with what it raises as a value."""
+    try:
+        receiver = connect(machine) if connect is not None else HttpReceiver(machine.to, spec.tls)
+        try:
+            result = sync_machine(fs, spec, machine, receiver, progress, retry_seconds=retry_seconds, stop=stop)
+            return Outcome(machine.name, result=result)
+        finally:
+            receiver.close()
+    except Stopped:
+        return Outcome(machine.name)
+    except ReplicaError as error:
+        return Outcome(machine.name, error=error)
+    except Exception as error:
+        _log.exception("machine %r: a fault in the engine", machine.name)
+        return Outcome(machine.name, error=ReplicaError(f"a fault in the engine: {error!r}", hint="the log has more"))
+
+
+@dataclass
+class _Job:
+    """One machine under `run`."""
+
+    machine: MachineSpec
+    schedule: Schedule
+    running: Future[Outcome] | None = field(default=None)
+
+
+def run(
+    spec: SenderSpec,
+    stop: threading.Event,
+    *,
+    fs: FileSystem | None = None,
+    connect: Connect | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Cycles of every machine on schedule, until `stop` is set. Returns when all that was at work has ended."""
+    fs = fs or FileSystem()
+    jobs = [_Job(machine, Schedule.starting(machine.every_seconds, clock())) for machine in spec.machines]
+    if not jobs:
+        return
+    with ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool:
+        while not stop.is_set():
+            for job in jobs:
+                if job.running is None and job.schedule.due <= clock():
+                    retry_seconds = min(RETRY_SECONDS, job.machine.every_seconds)
+                    job.running = pool.submit(one_cycle, fs, spec, job.machine, connect, silent, stop, retry_seconds)
+            _wait(jobs, stop, clock)
+            for job in jobs:
+                if job.running is not None and job.running.done():
+                    _end(fs, spec, job, job.running.result(), clock)
+    for job in jobs:
+        if job.running is not None:
+            _report(job.machine, job.running.result())
+        _note_due(fs, spec, job, None)
+
+
+def _wait(jobs: list[_Job], stop: threading.Event, clock: Callable[[], float]) -> None:
+    """Until something ended, is due, or a tick has passed (so that a stop is never waited for long)."""
+    due = min((job.schedule.due for job in jobs if job.running is None), default=clock() + _TICK_SECONDS)
+    seconds = min(max(0.0, due - clock()), _TICK_SECONDS)
+    running = [job.running for job in jobs if job.running is not None]
+    if running:
+        wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
+    else:
+        stop.wait(seconds)
+
+
+def _end(fs: FileSystem, spec: SenderSpec, job: _Job, outcome: Outcome, clock: Callable[[], float]) -> None:
+    job.running = None
+    job.schedule = job.schedule.succeeded(clock()) if outcome.result else job.schedule.failed(clock())
+    _report(job.machine, outcome)
+    _note_due(fs, spec, job, time.time_ns() + int((job.schedule.due - clock()) * 1e9))
+
+
+def _note_due(fs: FileSystem, spec: SenderSpec, job: _Job, due_ns: int | None) -> None:
+    try:
+        note_due(fs, spec.machine_directory(job.machine.name), due_ns)
+    except StorageError as error:
+        _log.warning("machine %r: its status cannot be noted: %s", job.machine.name, error)
+
+
+def _report(machine: MachineSpec, outcome: Outcome) -> None:
+    """The one line of a cycle."""
+    result, error = outcome.result, outcome.error
+    if result is not None:
+        _log.info(
+            "machine %r: point %d of %s, %d bytes changed, %d sent, %.3f s",
+            machine.name,
+            result.point,
+            rfc3339(result.frozen_at_ns),
+            result.bytes_changed,
+            result.bytes_wire,
+            result.seconds,
+        )
+    elif error is not None:
+        _log.error("machine %r: %s", machine.name, error)
+    else:
+        _log.info("machine %r: stopped in the middle of a cycle; nothing is lost", machine.name)

@@ -1,0 +1,158 @@
+"""What a primary knows of a machine by itself, without asking the other side.
+
+Two files tell it: `machine.json`, the truth about what was committed, and
+`status.json`, which a cycle leaves for nobody but this page: what it is doing
+or how it ended. A status that cannot be written or read hinders nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from replica import documents
+from replica.durable import FileSystem
+from replica.errors import FormatError, ReplicaError, StorageError
+from replica.model import Frozen, ReplicaId
+from replica.primary.record import MachineDirectory
+from replica.primary.spec import MachineSpec, SenderSpec
+
+
+class Word(StrEnum):
+    """A machine's state in one word."""
+
+    NEW = "new"  # no point was ever committed
+    OK = "ok"  # the last cycle made its point
+    SYNCING = "syncing"  # a cycle is running
+    FAILING = "failing"  # the last cycle failed
+    INTERRUPTED = "interrupted"  # the process that ran the last cycle is gone
+    FROZEN = "frozen"  # its freeze may still hold; the next cycle thaws it first
+    DAMAGED = "damaged"  # its record cannot be read
+
+
+class LastError(Frozen, frozen=True):
+    """How a cycle ended that made no point."""
+
+    code: str
+    message: str
+    hint: str
+    at_ns: int
+
+
+class CycleStatus(Frozen, frozen=True):
+    """`status.json`. `pid`: who runs the cycle, if one is running; `next_due_ns`: known when `run` is at work."""
+
+    updated_at_ns: int
+    pid: int | None = None
+    last_error: LastError | None = None
+    next_due_ns: int | None = None
+
+
+class MachineStatus(Frozen, frozen=True):
+    """One machine, as `replica status` shows it. Nothing committed yet: `point` 0, no `frozen_at_ns`."""
+
+    machine: str
+    to: str
+    state: Word
+    replica_id: ReplicaId | None
+    point: int
+    frozen_at_ns: int | None
+    rpo_seconds: float | None
+    last_error: LastError | None
+    next_due_ns: int | None
+
+
+def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_ns: int | None = None) -> MachineStatus:
+    """What the machine's state directory says. Raises StorageError only if that cannot be read at all."""
+    now_ns = time.time_ns() if now_ns is None else now_ns
+    path = spec.machine_directory(machine.name)
+    cycle = read_status(fs, path)
+    error = cycle.last_error if cycle else None
+    try:
+        record = MachineDirectory(fs, path).load()
+        damage = None
+    except FormatError as failure:
+        record, damage = None, failure
+        error = error_of(failure, now_ns)
+    head = record.head if record is not None and record.head is not None and not record.head.is_empty else None
+    return MachineStatus(
+        machine=machine.name,
+        to=machine.to,
+        state=_word(fs, path, cycle, damage is not None, head is not None),
+        replica_id=record.replica_id if record is not None else None,
+        point=head.point if head else 0,
+        frozen_at_ns=head.frozen_at_ns if head else None,
+        rpo_seconds=max(0.0, (now_ns - head.frozen_at_ns) / 1e9) if head else None,
+        last_error=error,
+        next_due_ns=cycle.next_due_ns if cycle else None,
+    )
+
+
+def _word(fs: FileSystem, path: Path, cycle: CycleStatus | None, damaged: bool, committed: bool) -> Word:
+    running = cycle is not None and cycle.pid is not None and _alive(cycle.pid)
+    if damaged:
+        return Word.DAMAGED
+    if running:
+        return Word.SYNCING
+    if fs.exists(path / "frozen"):
+        return Word.FROZEN
+    if cycle is not None and cycle.pid is not None:
+        return Word.INTERRUPTED
+    if cycle is not None and cycle.last_error is not None:
+        return Word.FAILING
+    return Word.OK if committed else Word.NEW
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def error_of(error: ReplicaError, now_ns: int) -> LastError:
+    return LastError(error.code, error.message, error.hint, now_ns)
+
+
+def read_status(fs: FileSystem, path: Path) -> CycleStatus | None:
+    """The last cycle's status; None if there is none that can be read."""
+    file = path / "status.json"
+    with suppress(FormatError):
+        return documents.load(fs, file, CycleStatus) if fs.exists(file) else None
+    return None
+
+
+def write_status(fs: FileSystem, path: Path, status: CycleStatus) -> None:
+    """Leave a note of how it went; a full disk is no reason to fail a cycle that succeeded."""
+    with suppress(StorageError):
+        documents.save(fs, path / "status.json", status)
+
+
+@contextmanager
+def noted(fs: FileSystem, path: Path) -> Iterator[None]:
+    """Note that a cycle runs in this process, and how it ended."""
+    write_status(fs, path, CycleStatus(time.time_ns(), pid=os.getpid()))
+    failure: LastError | None = None
+    try:
+        yield
+    except ReplicaError as error:
+        failure = error_of(error, time.time_ns())
+        raise
+    finally:
+        write_status(fs, path, CycleStatus(time.time_ns(), last_error=failure))
+
+
+def note_due(fs: FileSystem, path: Path, due_ns: int | None) -> None:
+    """Note when the next cycle is due; None when nobody runs them any more."""
+    status = read_status(fs, path) or CycleStatus(time.time_ns())
+    if status.next_due_ns != due_ns:
+        write_status(fs, path, msgspec.structs.replace(status, next_due_ns=due_ns))
