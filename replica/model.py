@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import pairwise
 from typing import NewType
 from uuid import UUID
 
@@ -153,7 +154,7 @@ class State(Frozen, frozen=True):
         if not 0 <= self.frozen_at_ns < 1 << 63:
             raise ValueError("freeze time out of range")
         ids = [d.disk.id.bytes for d in self.disks]
-        if len(ids) > MAX_DISKS or any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+        if len(ids) > MAX_DISKS or any(a >= b for a, b in pairwise(ids)):
             raise ValueError(f"a state has at most {MAX_DISKS} disks, sorted by id, each once")
         names = [d.disk.name for d in self.disks]
         if len(set(names)) != len(names):

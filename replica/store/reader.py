@@ -169,7 +169,7 @@ class PointReader:
             layers = [self._open_layer(link) for link in links]
             self._top = links[-1].base if links else state
             self._open_images()
-            self._chain = ChainReader(self._top, layers, self._read_head, self._newer)
+            self._chain = ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
         except BaseException:
             self.close()
             raise
@@ -199,10 +199,12 @@ class PointReader:
         self._chain.read_into(disk_id, offset, buffer)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Half-open ranges (start, stop) that may hold anything but zeros; a little stale is too much, never too few."""
-        step = 64 << 20
-        for begin in range(start, stop, step):
-            yield from self._chain.allocated(disk_id, begin, min(begin + step, stop))
+        """Half-open ranges (start, stop) that may hold anything but zeros."""
+        return self._chain.allocated(disk_id, start, stop)
+
+    def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        image = self._images.get(disk_id)
+        return image.allocated(start, stop) if image is not None else iter(())
 
     def _open_layer(self, link: Link) -> DeltaFileReader:
         return self._resources.enter_context(DeltaFileReader(self._fs.open(link.path), self._keyring))

@@ -63,10 +63,9 @@ class SmallPrimary:
     def make(self) -> Made:
         """Seal the change from the last committed state to the present content."""
         delta_id = DeltaId(random_id())
-        result = State(
-            self.replica_id, delta_id, self.state.point + 1, self.epoch, 1_000_000_000 * (self.state.point + 1),
-            Consistency.CRASH, tuple(sorted((self._disk_state(n) for n in self.content), key=lambda d: d.disk.id.bytes)),
-        )  # fmt: skip
+        disks = sorted((self._disk_state(name) for name in self.content), key=lambda d: d.disk.id.bytes)
+        point = self.state.point + 1
+        result = State(self.replica_id, delta_id, point, self.epoch, point * 10**9, Consistency.CRASH, tuple(disks))
         sealer = DeltaSealer(self.key, self.replica_id, delta_id, self.epoch)
         made = Made(delta_id, self.state, result, sealer.header)
         entries: list[SegmentEntry] = []
