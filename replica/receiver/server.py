@@ -31,6 +31,7 @@ from replica.transport.tls import server_context
 log = logging.getLogger(__name__)
 
 END_SECONDS = 60.0
+FAREWELL_SECONDS = 0.1
 HANDSHAKE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may stand without a complete request head. Clients give up theirs earlier."""
@@ -112,12 +113,23 @@ async def serve_until(
             await stop.wait()
         finally:
             listener.close()
-            await runner.cleanup()
+            await _end_connections(runner)
             api.close()
             ended = await loop.run_in_executor(None, site.close, END_SECONDS)
             log.info("ended%s", "" if ended else "; a commit was cut off, the next start finishes it")
     finally:
         listener.close()
+
+
+async def _end_connections(runner: web.AppRunner) -> None:
+    """Answer what was asked, then close; a peer that does not take part in TLS's farewell is not waited for."""
+    handlers = runner.server.connections if runner.server else []
+    transports = [handler.transport for handler in handlers if handler.transport is not None]
+    await runner.cleanup()
+    await asyncio.sleep(FAREWELL_SECONDS)
+    for transport in transports:
+        transport.abort()
+    await asyncio.sleep(0)
 
 
 async def _listen(listener: asyncio.Server, spec: SiteSpec) -> None:
