@@ -35,8 +35,9 @@ from replica import _native
 from replica.delta.change import Delta, DiskChange, MemoryDelta, check_segment
 from replica.delta.extents import DATA, ZERO, Rows, as_bytes, count_data, grains_of, rows_of, rows_of_grains, stop_of
 from replica.delta.head import Head, MemoryHead
-from replica.delta.leaves import PIECE_BYTES, Blank, ByDisk, Leaves, Piece, aligned, leaf_runs, pieces, runs_of, union
+from replica.delta.leaves import PIECE_BYTES, Blank, ByDisk, Leaves, Piece, aligned, leaf_runs, pieces, runs_of
 from replica.delta.pack import Packer, Sink
+from replica.delta.ranges import union
 from replica.delta.segment import Segment
 from replica.errors import BaseMismatchError, DamageError, FormatError, RootMismatchError
 from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests

@@ -111,7 +111,9 @@ class DeltaFileReader:
     def chunk(self, table: Table, index: int) -> bytes:
         """Raw bytes of one chunk of a segment's payload. Opened anew at every call."""
         start, stop = (int(table.sealed_starts[i]) for i in (index, index + 1))
-        return open_chunk(self._opener, table, index, self._read(self.manifest.entry(table.number).offset + start, stop - start))
+        return open_chunk(
+            self._opener, table, index, self._read(self.manifest.entry(table.number).offset + start, stop - start)
+        )
 
     def extents(self) -> Iterator[tuple[int, Rows]]:
         """(disk index, rows) of all segments in number order; no payload is read."""

@@ -12,7 +12,6 @@ DATA extents touch.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def aligned(
 ) -> Iterator[tuple[Rows, memoryview]]:
     """The same rows and payloads, cut so that no leaf is in two of them. FormatError if rows do not ascend.
 
-    The last leaf of every part is held back until it is known that nothing more comes for it.
+    A part's last leaf is held back, unless it is covered to its end, until it is known that no more comes for it.
     """
     rows, payload, stop = empty_rows(), memoryview(b""), 0
     for new_rows, buffer in parts:
@@ -114,7 +113,7 @@ def aligned(
                 yield rows, payload
             rows, payload = new_rows, memoryview(buffer)
         stop = stop_of(rows)
-        last = (stop - 1) // grains_per_leaf * grains_per_leaf
+        last = stop // grains_per_leaf * grains_per_leaf
         whole, _, count = clip(rows, 0, last)
         if len(whole):
             yield whole, payload[: count * grain_bytes]
@@ -195,17 +194,3 @@ def leaf_runs(parts: Iterable[Rows], grains_per_leaf: int) -> Iterator[tuple[int
         first = data["first"].astype(np.int64) // grains_per_leaf
         stop = -(-(data["first"] + data["count"]).astype(np.int64) // grains_per_leaf)
         yield from zip(first.tolist(), stop.tolist(), strict=True)
-
-
-def union(*streams: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending half-open ranges from several ascending streams, joined where they touch or overlap."""
-    low = high = -1
-    for first, stop in heapq.merge(*streams):
-        if first <= high:
-            high = max(high, stop)
-            continue
-        if low < high:
-            yield low, high
-        low, high = first, stop
-    if low < high:
-        yield low, high

@@ -20,7 +20,6 @@ cache of bounded size.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -28,8 +27,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from replica.delta.cache import Cache
 from replica.delta.change import DiskChange
 from replica.delta.extents import DATA, as_bytes
+from replica.delta.ranges import intersection, union
 from replica.delta.segment import Table
 from replica.errors import BaseMismatchError
 from replica.model import Disk, DiskId, State
@@ -89,61 +90,8 @@ class _Opened:
         return self.table.extents.nbytes * 2 + self.table.chunks.nbytes * 3 + 512
 
 
-class _Cache:
-    """Least recently used first out, bounded by bytes. Thread-safe; what is missing is made outside of the lock."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit, self._used = limit_bytes, 0
-        self._lock = threading.Lock()
-        self._items: OrderedDict[tuple[int, ...], tuple[object, int]] = OrderedDict()
-
-    def get(self, key: tuple[int, ...]) -> object | None:
-        with self._lock:
-            if key not in self._items:
-                return None
-            self._items.move_to_end(key)
-            return self._items[key][0]
-
-    def put(self, key: tuple[int, ...], value: object, cost: int) -> None:
-        with self._lock:
-            if key in self._items:
-                return
-            self._items[key] = (value, cost)
-            self._used += cost
-            while self._used > self._limit and len(self._items) > 1:
-                self._used -= self._items.popitem(last=False)[1][1]
-
-
 def _all_of_it(_disk_id: DiskId, start: int, stop: int) -> Iterable[tuple[int, int]]:
     return ((start, stop),)
-
-
-def _union(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Sorted ranges with those joined that touch or overlap."""
-    low = high = -1
-    for start, stop in ranges:
-        if start > high:
-            if low < high:
-                yield low, high
-            low, high = start, stop
-        high = max(high, stop)
-    if low < high:
-        yield low, high
-
-
-def _intersection(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What two sorted lists of disjoint ranges have in common."""
-    common: list[tuple[int, int]] = []
-    i = j = 0
-    while i < len(a) and j < len(b):
-        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if start < stop:
-            common.append((start, stop))
-        if a[i][1] <= b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return common
 
 
 class ChainReader:
@@ -151,7 +99,9 @@ class ChainReader:
 
     `head` is the state that the last layer starts from (the point itself, if there are no layers); `below` reads
     it. `newer` returns the layers that appeared since it was last asked, nearest the point first; calls of it are
-    serialised. `head_ranges` is what `allocated` knows of the head's holes. BaseMismatchError if the layers are no chain.
+    serialised. `head_ranges` is what `allocated` knows of the head's holes.
+
+    BaseMismatchError if the layers are no chain.
     """
 
     def __init__(
@@ -165,7 +115,7 @@ class ChainReader:
     ) -> None:
         self._below, self._newer, self._head_ranges = below, newer, head_ranges
         self._lock = threading.Lock()
-        self._cache = _Cache(cache_bytes)
+        self._cache = Cache(cache_bytes)
         self._layers: tuple[Layer, ...] = ()
         self._head = self.state = layers[0].result if layers else head
         self._append(layers)
@@ -215,10 +165,10 @@ class ChainReader:
             of_head = list(self._head_ranges(disk_id, begin, end))
             self._grew(self._layers)
             layers = self._layers
-            runs = self._resolve(layers, disk, begin, end)
-            answered = [(run.start, run.stop) for run in runs if run.layer < len(layers)]
-            passed = [(run.start, run.stop) for run in runs if run.layer == len(layers)]
-            yield from _union(sorted(answered + _intersection(sorted(passed), of_head)))
+            runs = sorted(self._resolve(layers, disk, begin, end))
+            answered = ((run.start, run.stop) for run in runs if run.layer < len(layers))
+            passed = ((run.start, run.stop) for run in runs if run.layer == len(layers))
+            yield from union(answered, intersection(passed, of_head))
 
     def _disk(self, disk_id: DiskId, start: int, stop: int) -> Disk:
         found = self.state.disk(disk_id)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replica.delta import MemoryDelta, Rows, Segment, apply, prepare, settle, write
@@ -120,14 +120,11 @@ def interrupted(
     prepare(head, delta, parts.append)
     inverse = MemoryDelta(DeltaId(random_id()), delta.result, delta.base, tuple(parts))
     head.left, head.keep = left, keep
-    try:
+    with suppress(Crash):  # a commit that was finished before its crash may be repeated as well
         write(head, delta)
         settle(head, delta, inverse)
-    except Crash:
-        head.left = None
-        return head, delta, inverse
-    assume(False)
-    raise AssertionError
+    head.left = None
+    return head, delta, inverse
 
 
 HOW = (histories(), BITS, st.integers(0, 25), BITS)
