@@ -38,8 +38,9 @@ def serving(storage: Path, files: TlsFiles) -> Loopback:
 
 
 def expired(directory: Path, name: str, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...] = ()) -> TlsFiles:
-    monkeypatch.setattr(pki_module, "LEAF_DAYS", -0.01)
-    return pki_module.issue(directory, name, hosts)
+    with monkeypatch.context() as patched:
+        patched.setattr(pki_module, "LEAF_DAYS", -0.01)
+        return pki_module.issue(directory, name, hosts)
 
 
 def test_a_certificate_of_the_ca_is_let_in(server: Loopback, pki: Pki) -> None:
