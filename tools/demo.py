@@ -202,24 +202,35 @@ def power_cut(story: Story, guest: Guest) -> None:
     big = story.root / "big"
     big.write_bytes(story.random.randbytes(64 * MIB))
     guest.edit(f"write {big} /big")
+    copy = guest.keep(story.root / "kept-cut.vhd")
     story.say("64 MiB are new; the receiver gets SIGKILL while they travel:")
     incoming = [path / "incoming" for path in (story.root / "replicas").iterdir() if (path / "incoming").is_dir()]
+    story.say("$ replica sync web-1 --json -c sender.toml &")
     cut = subprocess.Popen(
-        [sys.executable, "-m", "replica", "sync", "web-1", "-c", "sender.toml"],
-        cwd=story.root, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        [sys.executable, "-m", "replica", "sync", "web-1", "--json", "-c", "sender.toml"],
+        cwd=story.root, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while cut.poll() is None and time.monotonic() < deadline:
         if sum(f.stat().st_blocks * 512 for path in incoming for f in path.rglob("*") if f.is_file()) > 16 * MIB:
             break
         time.sleep(0.005)
-    story.kill()
-    _, error = cut.communicate(timeout=120)
-    if cut.returncode == 0:
+    if cut.poll() is not None:
         raise ToolError("the sync was over before the receiver could be killed")
-    story.say(f"    exit code {cut.returncode}: {error.strip()}")
+    story.kill()
+    story.say("    the receiver is dead; one second later it is started again:")
+    time.sleep(1)
     story.serve()
-    story.say("and again, as if nothing had happened:")
+    out, error = cut.communicate(timeout=120)
+    if cut.returncode:
+        raise ToolError(f"the sync did not survive it: {error}")
+    (entry,) = json.loads(out)
+    story.kept[entry["point"]] = copy
+    story.say(
+        f"    the same sync went on: point {entry['point']}, {size(entry['bytes_changed'])} changed, "
+        f"{size(entry['bytes_wire'])} on the wire, {entry['seconds']:.2f} s"
+    )
+    story.say("and nothing is left of it:")
     story.sync(guest)
 
 

@@ -9,6 +9,7 @@ with `--debug` only.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -62,8 +63,12 @@ for command in (
 
 
 def main() -> int:
-    """The process: what nobody raised on purpose becomes one line, and SIGTERM unwinds like Ctrl-C does."""
+    """The process: what nobody raised on purpose becomes one line, and SIGTERM unwinds like Ctrl-C does.
+
+    What the engine logs is shown by the long-running commands and with `--debug`: else an error would be told twice.
+    """
     sys.excepthook = _fault
+    logging.getLogger("replica").addHandler(logging.NullHandler())
     signal.signal(signal.SIGTERM, _terminated)
     return run(sys.argv[1:])
 

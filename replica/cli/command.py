@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from replica.cli.log import log_to_stderr
 from replica.cli.output import error_fields, print_json
 from replica.errors import ReplicaError
 
@@ -23,11 +24,8 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.append(
-            click.Option(
-                ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks of errors."
-            )
-        )
+        text = "Show what the engine logs, and tracebacks of errors."
+        self.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, callback=_debug, help=text))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,6 +42,7 @@ def _debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta[DEBUG] = True
         sys.excepthook = sys.__excepthook__
+        log_to_stderr()
 
 
 def config_option(which: str) -> Callable[[F], F]:

@@ -13,6 +13,7 @@ from replica.cli.output import duration, error_fields, print_json, print_table, 
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
+    from replica.primary.status import MachineStatus
     from replica.store import ReplicaReader
 
 
@@ -96,5 +97,49 @@ def _line(row: dict[str, object]) -> tuple[str, ...]:
 
 
 def _sender(config: Path, as_json: bool) -> None:
+    from replica.config import load_sender
+    from replica.durable import FileSystem
+    from replica.primary.status import machine_status
 
-    raise NotImplementedError
+    spec = load_sender(config)
+    statuses = [machine_status(FileSystem(), spec, machine) for machine in spec.machines]
+    if as_json:
+        print_json([_machine(status) for status in statuses])
+        return
+    headers = ("machine", "to", "point", "frozen at", "behind", "next cycle in", "state")
+    print_table(
+        headers,
+        [
+            (
+                s.machine,
+                s.to,
+                str(s.point),
+                "never" if s.frozen_at_ns is None else rfc3339(s.frozen_at_ns),
+                "-" if s.rpo_seconds is None else duration(s.rpo_seconds),
+                "-" if s.next_due_ns is None else duration(max(0.0, s.next_due_ns / 1e9 - time.time())),
+                s.state.value,
+            )
+            for s in statuses
+        ],
+    )
+    for s in statuses:
+        if s.last_error is not None:
+            hint = f"; {s.last_error.hint}" if s.last_error.hint else ""
+            click.echo(f"{s.machine}, {rfc3339(s.last_error.at_ns)}: {s.last_error.message}{hint}")
+
+
+def _machine(status: MachineStatus) -> dict[str, object]:
+    error = status.last_error
+    return {
+        "machine": status.machine,
+        "to": status.to,
+        "state": status.state.value,
+        "replica_id": None if status.replica_id is None else str(status.replica_id),
+        "point": status.point,
+        "frozen_at": None if status.frozen_at_ns is None else rfc3339(status.frozen_at_ns),
+        "behind_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
+        "last_error": None
+        if error is None
+        else {"code": error.code, "message": error.message, "hint": error.hint, "at": rfc3339(error.at_ns)},
+        "next_due": None if status.next_due_ns is None else rfc3339(status.next_due_ns),
+    }

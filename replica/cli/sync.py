@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from replica.cli.bars import Bar, bars
+from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
 from replica.cli.output import complain, duration, error_fields, print_json, size
-from replica.errors import ReplicaError, UnknownMachineError
+from replica.errors import UnknownMachineError
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
     from replica.primary.cycle import SyncResult
+    from replica.primary.runner import Outcome
     from replica.primary.spec import MachineSpec, SenderSpec
+
+
+class Stop(threading.Event):
+    """Set by the first SIGINT or SIGTERM; `number` says which one it was."""
+
+    number = 0
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Let the first signal end the work in order, and the second one end the process."""
+    stop = Stop()
+
+    def signalled(number: int, _frame: object) -> None:
+        stop.number = number
+        stop.set()
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.command(cls=Command)
@@ -38,81 +64,58 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
       replica sync --json -c sender.toml
     """
     from replica.config import load_sender
+    from replica.durable import FileSystem
+    from replica.primary.runner import sync_machines
     from replica.transport.tls import client_context
 
     spec = load_sender(config)
     machines = _chosen(spec, machine)
     client_context(spec.tls)
-    with bars(as_json) as bar:
-        outcomes = _sync_all(spec, machines, bar)
+    with stopping() as stop, bars(as_json) as bar:
+        outcomes = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop)
+    if stop.number:
+        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
+        return 128 + stop.number
     if as_json:
-        print_json([_entry(m, outcome) for m, outcome in zip(machines, outcomes, strict=True)])
-    code = 0
-    for m, outcome in zip(machines, outcomes, strict=True):
-        if isinstance(outcome, ReplicaError):
-            complain(outcome, m.name)
-            code = code or outcome.exit_code
-        elif not as_json:
-            click.echo(
-                f"{m.name}: point {outcome.point} frozen at {rfc3339(outcome.frozen_at_ns)}; "
-                f"{size(outcome.bytes_changed)} changed, {size(outcome.bytes_wire)} sent, {duration(outcome.seconds)}"
-            )
-    return code
+        print_json([_entry(outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.error is not None:
+            complain(outcome.error, outcome.machine)
+        elif outcome.result is not None and not as_json:
+            click.echo(_line(outcome.result))
+    return next((outcome.error.exit_code for outcome in outcomes if outcome.error is not None), 0)
 
 
-def _chosen(spec: SenderSpec, name: str | None) -> list[MachineSpec]:
+def _chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
     """The machines to sync, in the configuration's order."""
-    machines = [m for m in spec.machines if name in (None, m.name, f"{spec.name}/{m.name}")]
+    machines = tuple(m for m in spec.machines if name in (None, m.name, f"{spec.name}/{m.name}"))
     if not machines:
         names = ", ".join(m.name for m in spec.machines)
         raise UnknownMachineError(f"no machine {name!r} in the configuration", hint=f"there is {names}")
     return machines
 
 
-def _sync_all(spec: SenderSpec, machines: list[MachineSpec], bar: Bar) -> list[SyncResult | ReplicaError]:
-    """Several at once, each with its own connection. A single one runs in this thread, so that Ctrl-C unwinds it."""
-    if len(machines) == 1:
-        return [_sync_one(spec, machines[0], bar)]
-    pool = ThreadPoolExecutor(min(spec.parallel, len(machines)), "sync")
-    futures: list[Future[SyncResult | ReplicaError]] = [pool.submit(_sync_one, spec, m, bar) for m in machines]
-    try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-        return [future.result() for future in futures]
-    except (KeyboardInterrupt, SystemExit):
-        # The cycles cannot be interrupted one by one; ending the process is what they are built to survive,
-        # and the watchdog of a frozen machine thaws it.
-        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
-        sys.stderr.flush()
-        os._exit(128 + signal.SIGINT)
+def _line(result: SyncResult) -> str:
+    return (
+        f"{result.machine}: point {result.point} frozen at {rfc3339(result.frozen_at_ns)}; "
+        f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}"
+    )
 
 
-def _sync_one(spec: SenderSpec, machine: MachineSpec, bar: Bar) -> SyncResult | ReplicaError:
-    from replica.durable import FileSystem
-    from replica.primary.cycle import sync_machine
-    from replica.transport.client import HttpReceiver
-
-    try:
-        receiver = HttpReceiver(machine.to, spec.tls)
-        try:
-            return sync_machine(FileSystem(), spec, machine, receiver, bar(machine.name))
-        finally:
-            receiver.close()
-    except ReplicaError as error:
-        return error
-
-
-def _entry(machine: MachineSpec, outcome: SyncResult | ReplicaError) -> dict[str, object]:
-    if isinstance(outcome, ReplicaError):
-        return {"machine": machine.name, "error": error_fields(outcome)}
+def _entry(outcome: Outcome) -> dict[str, object]:
+    if outcome.error is not None:
+        return {"machine": outcome.machine, "error": error_fields(outcome.error)}
+    result = outcome.result
+    assert result is not None
     return {
-        "machine": outcome.machine,
-        "point": outcome.point,
-        "frozen_at": rfc3339(outcome.frozen_at_ns),
-        "bytes_scanned": outcome.bytes_scanned,
-        "bytes_changed": outcome.bytes_changed,
-        "bytes_wire": outcome.bytes_wire,
-        "seconds": round(outcome.seconds, 6),
-        "roots": dict(outcome.roots),
+        "machine": result.machine,
+        "point": result.point,
+        "frozen_at": rfc3339(result.frozen_at_ns),
+        "bytes_scanned": result.bytes_scanned,
+        "bytes_changed": result.bytes_changed,
+        "bytes_wire": result.bytes_wire,
+        "seconds": round(result.seconds, 6),
+        "roots": result.roots,
     }
 
 
@@ -128,8 +131,6 @@ def run(config: Path) -> None:
     Example:
       replica run -c sender.toml
     """
-    import threading
-
     from replica.cli.log import log_to_stderr
     from replica.config import load_sender
     from replica.primary.runner import run as run_schedule
@@ -138,7 +139,5 @@ def run(config: Path) -> None:
     spec = load_sender(config)
     client_context(spec.tls)
     log_to_stderr()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    run_schedule(spec, stop)
+    with stopping() as stop:
+        run_schedule(spec, stop)
