@@ -74,10 +74,13 @@ class MachineDirectory:
 
     @contextmanager
     def locked(self, machine: str) -> Iterator[None]:
-        """Keep every other sync or run away. BusyError if one is at it."""
+        """Keep every other sync or run away, and clear what a killed one left. BusyError if one is at it."""
         self._fs.make_directory(self.path, private=True)
         busy = f"another sync or run is working on machine {machine!r}"
         with self._fs.lock(self.path / "lock", busy=busy):
+            for name in self._fs.list_names(self.path):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._fs.unlink(self.path / name)
             yield
 
     def load(self) -> MachineRecord | None:

@@ -23,11 +23,13 @@ from replica.durable import FileSystem
 from replica.errors import ReplicaError, StorageError
 from replica.model import rfc3339
 from replica.primary.cycle import RETRY_SECONDS, SyncResult, sync_machine
+from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.schedule import Schedule
 from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import note_due
 from replica.progress import Progress, silent
+from replica.tracking.instant import thaw_marked
 from replica.transport.api import Receiver
 from replica.transport.client import HttpReceiver
 
@@ -60,6 +62,7 @@ def sync_machines(
     chosen = spec.machines if machines is None else machines
     if not chosen:
         return []
+    thaw_all(fs, spec, chosen)
     with ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool:
         return list(pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop), chosen))
 
@@ -85,9 +88,25 @@ def one_cycle(
         return Outcome(machine.name)
     except ReplicaError as error:
         return Outcome(machine.name, error=error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last door: one machine's fault must not end the others
         _log.exception("machine %r: a fault in the engine", machine.name)
         return Outcome(machine.name, error=ReplicaError(f"a fault in the engine: {error!r}", hint="the log has more"))
+
+
+def thaw_all(fs: FileSystem, spec: SenderSpec, machines: tuple[MachineSpec, ...]) -> None:
+    """Thaw every machine that an earlier process may have left frozen, before any cycle takes its time.
+
+    One that cannot be thawed is logged; its own cycle fails with the same error.
+    """
+    for machine in machines:
+        directory = MachineDirectory(fs, spec.machine_directory(machine.name))
+        if not fs.exists(directory.path):
+            continue
+        try:
+            with directory.locked(machine.name):
+                thaw_marked(fs, directory.path, machine.freezing)
+        except ReplicaError as error:
+            _log.error("machine %r: %s", machine.name, error)
 
 
 @dataclass
@@ -112,6 +131,7 @@ def run(
     jobs = [_Job(machine, Schedule.starting(machine.every_seconds, clock())) for machine in spec.machines]
     if not jobs:
         return
+    thaw_all(fs, spec, spec.machines)
     with ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool:
         while not stop.is_set():
             for job in jobs:

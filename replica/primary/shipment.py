@@ -145,10 +145,8 @@ class Shipment:
                     if begun and not self._arrived:  # begun just now, and not known all the same
                         raise
                 begun = False
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever puts, checks or waits
             self._spool.fail(error)
-            if not isinstance(error, (Stopped, ReplicaError)):
-                raise
 
     def _send_held(self) -> None:
         for held in self._spool:

@@ -21,6 +21,7 @@ from replica.durable import FileSystem
 from replica.errors import FormatError, ReplicaError, StorageError
 from replica.model import Frozen, ReplicaId
 from replica.primary.record import MachineDirectory
+from replica.primary.retry import Stopped
 from replica.primary.spec import MachineSpec, SenderSpec
 
 
@@ -144,8 +145,11 @@ def noted(fs: FileSystem, path: Path) -> Iterator[None]:
     failure: LastError | None = None
     try:
         yield
-    except ReplicaError as error:
-        failure = error_of(error, time.time_ns())
+    except Stopped:
+        raise
+    except Exception as error:
+        known = error if isinstance(error, ReplicaError) else ReplicaError(f"a fault in the engine: {error!r}")
+        failure = error_of(known, time.time_ns())
         raise
     finally:
         write_status(fs, path, CycleStatus(time.time_ns(), last_error=failure))

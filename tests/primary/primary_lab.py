@@ -19,7 +19,7 @@ from replica.store import ReplicaReader, replica_directories
 from replica.transport.tls import TlsFiles
 
 TLS = TlsFiles(Path("ca"), Path("cert"), Path("key"))
-MiB = 1 << 20
+KiB, MiB = 1 << 10, 1 << 20
 
 
 class Link:

@@ -1,0 +1,193 @@
+"""The sender dies before every single step that changes something, here or at the receiver, and goes on afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from primary_lab import KiB, Lab, Link
+
+from replica.durable import File, FileSystem, Lock
+from replica.primary.cycle import sync_machine
+from replica.store import replica_directories
+
+
+class PowerCut(BaseException):
+    """No error: nothing of the program runs on, as after SIGKILL."""
+
+
+class Power:
+    """Counts the steps; from the one that is due on, none happens any more."""
+
+    def __init__(self, due: int | None = None) -> None:
+        self.steps, self.due = 0, due
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.due is not None and self.steps > self.due:
+            raise PowerCut
+
+
+class CutFile(File):
+    def __init__(self, file: File, power: Power) -> None:
+        super().__init__(file.fileno(), file.path)
+        self.power = power
+
+    def write(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        try:
+            self.power.step()
+        except PowerCut:
+            if self.power.steps == (self.power.due or 0) + 1:
+                super().write(offset, view[: len(view) // 2])
+            raise
+        super().write(offset, view)
+
+    def truncate(self, size_bytes: int) -> None:
+        self.power.step()
+        super().truncate(size_bytes)
+
+    def zero(self, offset: int, length: int) -> None:
+        self.power.step()
+        super().zero(offset, length)
+
+    def sync(self) -> None:
+        self.power.step()
+        super().sync()
+
+
+class CutFileSystem(FileSystem):
+    def __init__(self, power: Power) -> None:
+        self.power = power
+
+    def open(self, path: Path, *, write: bool = False) -> File:
+        return CutFile(super().open(path, write=write), self.power)
+
+    def create(self, path: Path, *, private: bool = False) -> File:
+        self.power.step()
+        return CutFile(super().create(path, private=private), self.power)
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        self.power.step()
+        super().publish(temporary, final)
+
+    def sync_directory(self, path: Path) -> None:
+        self.power.step()
+        super().sync_directory(path)
+
+    def unlink(self, path: Path) -> None:
+        self.power.step()
+        super().unlink(path)
+
+    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
+        self.power.step()
+        return super().lock(path, shared=shared, wait=wait, busy=busy)
+
+
+def sync_with(lab: Lab, power: Power) -> None:
+    """A sync in which every call to the receiver is two steps: before it arrives, and before its answer does."""
+    link: Link = lab.link()
+    link.before = link.after = lambda _name, _arguments: power.step()
+    sync_machine(CutFileSystem(power), lab.spec, lab.machine, link, retry_seconds=1)
+
+
+def cut_at_every_step(lab: Lab, prepare: Any) -> Iterator[int]:
+    """Yields after every cut, for the caller to look; ends when a sync came through uncut."""
+    due = 0
+    while True:
+        prepare(due)
+        power = Power(due)
+        try:
+            sync_with(lab, power)
+        except PowerCut:
+            yield due
+            due += 1
+        else:
+            return
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path / "lab", {"os": 300 * KiB + 5, "data": 64 * KiB})
+    yield lab
+    lab.site.close()
+
+
+@pytest.fixture(autouse=True)
+def _directory(tmp_path: Path) -> None:
+    (tmp_path / "lab").mkdir()
+
+
+def test_an_incremental_survives_a_cut_anywhere(small: Lab) -> None:
+    small.scribble("os", 0, 200 * KiB)
+    small.sync()
+    points = {1: small.copy()}
+
+    def change(due: int) -> None:
+        small.scribble("os", due * 1000 % (250 * KiB), 5000)
+        small.scribble("data", due * 777 % (50 * KiB), 10)
+
+    cuts = 0
+    for due in cut_at_every_step(small, change):
+        cuts += 1
+        if due % 2:
+            change(due + 1)  # between the cut and the next cycle the guest goes on
+        frozen = small.copy()
+        result = small.sync()
+        small.assert_equal(result.point, frozen)
+        points[result.point] = frozen
+    assert cuts > 25
+    for point in sorted(points)[:: max(1, len(points) // 10)]:
+        small.assert_equal(point, points[point])
+    names = {path.name for path in small.spec.machine_directory("web-1").iterdir()}
+    assert names == {"machine.json", "lock", "status.json", "disks"}
+
+
+def test_two_cuts_in_a_row_anywhere(small: Lab) -> None:
+    small.scribble("os", 0, 200 * KiB)
+    small.sync()
+    for due in cut_at_every_step(small, lambda due: small.scribble("os", due * 1000 % (250 * KiB), 5000)):
+        with pytest.raises(PowerCut):
+            sync_with(small, Power(due % 17))
+        small.sync()
+        small.assert_equal()
+
+
+def test_becoming_a_replica_survives_a_cut_anywhere(small: Lab) -> None:
+    """However often the first sync dies, there is one replica, and its key is known."""
+    small.scribble("os", 0, 200 * KiB)
+
+    def start_over(_due: int) -> None:
+        small.site.close()
+        for directory in (small.storage, small.spec.state, small.spec.keys):
+            shutil.rmtree(directory, ignore_errors=True)
+        small.site = small.open_site()
+
+    cuts = 0
+    for _ in cut_at_every_step(small, start_over):
+        cuts += 1
+        small.sync()
+        assert len(replica_directories(small.fs, small.storage)) == 1
+        small.assert_equal()
+    assert cuts > 30
+
+
+def test_adopting_survives_a_cut_anywhere(small: Lab) -> None:
+    small.scribble("os", 0, 200 * KiB)
+    small.sync()
+
+    def lose_state(due: int) -> None:
+        shutil.rmtree(small.spec.state, ignore_errors=True)
+        small.site.close()  # a sender in the middle of a delta would be waited for; here it is known to be dead
+        small.site = small.open_site()
+        small.scribble("os", due * 1000 % (250 * KiB), 100)
+
+    for _ in cut_at_every_step(small, lose_state):
+        small.sync()
+        small.assert_equal()
+    assert len(replica_directories(small.fs, small.storage)) == 1
+    assert np.all(small.content()["data"] == 0)
