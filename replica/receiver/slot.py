@@ -29,7 +29,7 @@ from replica.model import DeltaId, ReplicaId, rfc3339
 from replica.receiver.admission import Activity, check_adopt, check_delta
 from replica.receiver.stores import Store, Stores
 from replica.store import Identity
-from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
+from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem, with_head
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +130,7 @@ class Slot:
         try:
             received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         except BaseMismatchError as error:
-            vars(error)["head"] = store.head.delta_id
-            raise
+            raise with_head(error, store.head.delta_id) from None
         with self._jobs:
             self._active = Activity(delta_id, begin.epoch, self._clock())
             self._job = None

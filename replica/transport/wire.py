@@ -58,6 +58,7 @@ DOCUMENT_TYPE = "application/json"
 _URN = "urn:replica:error:"
 
 T = TypeVar("T")
+E = TypeVar("E", bound=ReplicaError)
 
 
 class Problem(Frozen, frozen=True, omit_defaults=True):
@@ -220,7 +221,7 @@ def to_problem(error: ReplicaError) -> Problem:
         detail=error.message,
         hint=error.hint,
         retryable=error.retryable,
-        head=getattr(error, "head", None),
+        head=head_of(error),
     )
 
 
@@ -230,6 +231,16 @@ def from_problem(problem: Problem) -> ReplicaError:
     if kind is None:
         kind = TransportError if problem.retryable else ProtocolError if problem.status < 500 else ReplicaError
     error = kind(problem.detail, hint=problem.hint)
-    if problem.head is not None:
-        vars(error)["head"] = problem.head
+    return error if problem.head is None else with_head(error, problem.head)
+
+
+def with_head(error: E, head: DeltaId) -> E:
+    """Let an error say which state the replica really has; see `head_of`."""
+    vars(error)["head"] = head
     return error
+
+
+def head_of(error: ReplicaError) -> DeltaId | None:
+    """The state that a replica had when it refused a delta's base, if the error says so."""
+    head: DeltaId | None = vars(error).get("head")
+    return head
