@@ -12,7 +12,9 @@ A reader is a `Delta` (walk it in order) and a `Layer` (read it at random, see
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -25,11 +27,28 @@ from replica.delta.header import HEADER_BYTES, MIN_MANIFEST_BYTES, TRAILER_BYTES
 from replica.delta.keys import KeySource
 from replica.delta.manifest import SegmentEntry, check_layout, decode_manifest
 from replica.delta.seal import TAG_BYTES, Kind, Opener
-from replica.delta.segment import PREFIX_BYTES, Segment, Table, open_chunk, open_segment, open_table, table_bytes
+from replica.delta.segment import (
+    MAX_BLOB_BYTES,
+    PREFIX_BYTES,
+    Segment,
+    Table,
+    open_chunk,
+    open_segment,
+    open_table,
+    table_bytes,
+)
 from replica.durable import File
 from replica.errors import FormatError
 from replica.model import DeltaId, State
 from replica.progress import Progress, silent
+
+
+class _Scratch(threading.local):
+    """Where a thread reads blobs to, again and again: fresh memory for each costs more than reading does."""
+
+    @cached_property
+    def blob(self) -> memoryview:
+        return memoryview(bytearray(MAX_BLOB_BYTES))
 
 
 class DeltaFileReader:
@@ -42,6 +61,7 @@ class DeltaFileReader:
     def __init__(self, file: File, keys: KeySource) -> None:
         self._file = file
         self.name = str(file.path)
+        self._scratch = _Scratch()
         try:
             self._open(keys)
         except BaseException:
@@ -86,7 +106,9 @@ class DeltaFileReader:
     def segment(self, number: int) -> Segment:
         """One segment, read, opened and checked to be canonical. DamageError, FormatError."""
         entry = self.manifest.entry(number)
-        blob = self._read(entry.offset, entry.length)
+        blob = self._scratch.blob[: entry.length]
+        if self._file.read_into(entry.offset, blob) != entry.length:
+            raise FormatError(f"{self.name} ends inside of what it holds")
         if blake3(blob).digest() != entry.digest:
             raise FormatError(f"segment {number} of {self.name} is not the one its manifest names")
         change = self.disks[entry.disk]

@@ -141,7 +141,9 @@ _codec = _Codec()
 def _cut(payload: memoryview, level: int) -> Iterator[tuple[int, int, Buffer]]:
     """(raw length, flags, bytes to seal) of each chunk.
 
-    The size to try next follows from the ratio just seen; what turns out too big is tried at half the size.
+    The size to try next follows from the ratio just seen, with a quarter to spare; what turns out too big is tried
+    at half the size. Measured on system files: 9 % of the bytes are compressed twice (18 % with a sixteenth to
+    spare, for a ratio that is 0.4 % better).
     """
     compressor = _codec.compressor(level)
     limit = CHUNK_SEALED_BYTES - TAG_BYTES
@@ -150,12 +152,12 @@ def _cut(payload: memoryview, level: int) -> Iterator[tuple[int, int, Buffer]]:
         raw = payload[start : start + size]
         packed = compressor.compress(raw)
         if len(packed) > limit and size > CHUNK_RAW_BYTES[-1]:
-            size = CHUNK_RAW_BYTES[-1] if len(packed) > 2 * limit or size == CHUNK_RAW_BYTES[1] else CHUNK_RAW_BYTES[1]
+            size //= 2
             continue
         stored = len(packed) >= len(raw)
         yield len(raw), STORED if stored else COMPRESSED, raw if stored else packed
         start += len(raw)
-        size = next((s for s in CHUNK_RAW_BYTES if s * len(packed) <= limit * len(raw) * 15 // 16), CHUNK_RAW_BYTES[-1])
+        size = next((s for s in CHUNK_RAW_BYTES if s * len(packed) <= limit * len(raw) * 3 // 4), CHUNK_RAW_BYTES[-1])
 
 
 def seal_segment(sealer: Sealer, number: int, segment: Segment, level: int = DEFAULT_LEVEL) -> SealedSegment:

@@ -12,10 +12,13 @@ from replica.delta import (
     ChainReader,
     DataKey,
     DeltaFileReader,
+    DeltaSealer,
     DeltaWriter,
     Keyring,
     MemoryDelta,
+    MemoryKeys,
     Segment,
+    SegmentEntry,
     Table,
     diff,
     rows_of,
@@ -23,6 +26,7 @@ from replica.delta import (
 from replica.durable import FileSystem
 from replica.errors import DamageError, FormatError, KeyMissingError, StorageError
 from replica.model import DeltaId, Disk, DiskId, KeyId, random_id
+from tests.laws.files import open_file
 from tests.laws.machines import EPOCH, REPLICA, head_of
 
 KEY = DataKey.generate()
@@ -161,3 +165,13 @@ def test_walking_a_file_needs_a_segment_of_memory(fs: FileSystem, tmp_path: Path
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 24 << 20
+
+
+def test_a_segment_that_the_manifest_does_not_name_is_refused(delta: MemoryDelta) -> None:
+    """Sealed with the right key, in the right place: still not what the manifest's digest says."""
+    sealer = DeltaSealer(KEY, REPLICA, delta.delta_id, EPOCH)
+    sealed = sealer.seal(delta.parts[0])
+    entry = SegmentEntry.of(sealed, 160)._replace(digest=bytes(32))
+    data = sealer.header + sealed.blob + sealer.tail([entry], delta.base, delta.result)
+    with open_file(data, MemoryKeys(KEY)) as reader, pytest.raises(FormatError, match="manifest names"):
+        reader.verify()

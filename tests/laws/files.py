@@ -29,6 +29,11 @@ class MemoryFile:
     def read(self, offset: int, length: int) -> bytes:
         return self._data[offset : offset + length]
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        data = self.read(offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def close(self) -> None:
         pass
 
