@@ -78,6 +78,7 @@ class Slot:
             if self._store is None:
                 self._store = self._stores.open(self.directory)
                 self._identity = self._store.identity
+                self._take_up(self._store)
             return self._store
 
     def identity(self) -> Identity | None:
@@ -167,9 +168,22 @@ class Slot:
                 return job
             self._refuse_while_working("commit a delta")
             job = self._job = Job(delta_id)
+        self._start(store, job, tail, tail_offset, keep_last)
+        return job
+
+    def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
         arguments = (store, job, tail, tail_offset, keep_last)
         threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
-        return job
+
+    def _take_up(self, store: Store) -> None:
+        """Holding `_opening`: commit what had arrived whole before a restart; its sender is waiting for that."""
+        received = store.received
+        if received is None or store.stopped is not None:
+            return
+        log.info("replica %s: going on with the commit of delta %s", self.replica_id, received)
+        with self._jobs:
+            job = self._job = Job(received)
+        self._start(store, job, b"", 0, None)
 
     def outcome(self, job: Job) -> ReplicaInfo:
         """The end of a job that is done: the new state, or its error. Whoever asks has been told."""
@@ -179,7 +193,7 @@ class Slot:
         job.done.result()
         return self.info()
 
-    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int) -> None:
+    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
         error: BaseException | None = None
         try:
             already = store.head.delta_id == job.delta_id and store.applying is None
@@ -196,7 +210,8 @@ class Slot:
                     state.point,
                     rfc3339(state.frozen_at_ns),
                 )
-            self._rotate(store, keep_last)
+            if keep_last is not None:
+                self._rotate(store, keep_last)
         except ReplicaError as failure:
             log.error("replica %s (%s): commit failed: %s", self.replica_id, store.identity.machine, failure)
             error = failure

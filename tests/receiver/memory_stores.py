@@ -57,6 +57,7 @@ class MemoryStore:
         self.head = State.empty(identity.replica_id, epoch)
         self.applying: DeltaId | None = None
         self.receiving: DeltaId | None = None
+        self.received: DeltaId | None = None
         self.stopped: ReplicaError | None = None
         self.segments: dict[int, bytes] = {}
         self.states: list[State] = []
