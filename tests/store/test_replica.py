@@ -255,7 +255,7 @@ class CutFile(File):
 @pytest.mark.parametrize("head_format", ["raw", "vhd"])
 @pytest.mark.parametrize("resize", [False, True])
 def test_a_commit_cut_at_any_step_recovers(fs: FileSystem, tmp_path: Path, head_format: str, resize: bool) -> None:
-    """Cut by failing I/O, then recovered by a new process: old points always read exactly, so does an acknowledged one."""
+    """Cut by failing I/O, then recovered by a new process: old points read exactly, and so does an acknowledged one."""
     cut_at, committed = 0, False
     while not committed:
         root = tmp_path / str(cut_at)
