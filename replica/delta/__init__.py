@@ -5,17 +5,18 @@ work on is `change` (the canonical form) and `segment`; what lies on disk and
 goes over the wire is `file`, with `header`, `manifest` and `seal`.
 """
 
-from replica.delta.apply import apply, prepare, settle, write
+from replica.delta.apply import apply, settle, write
 from replica.delta.change import Delta, DiskChange, MemoryDelta, disk_changes
 from replica.delta.compose import compose, compose_segments
 from replica.delta.diff import diff, hole_rows, window_rows
 from replica.delta.extents import DATA, EXTENT, ZERO, Rows, rows_of
 from replica.delta.file import DeltaFileReader
-from replica.delta.head import Head
+from replica.delta.head import Head, MemoryHead
 from replica.delta.header import HEADER_BYTES, TRAILER_BYTES, Header, Trailer, decode_header, decode_trailer
 from replica.delta.keys import DataKey, Keyring, KeySource, MemoryKeys
 from replica.delta.manifest import Manifest, SegmentEntry
 from replica.delta.pack import Packer, Sink, pack
+from replica.delta.prepare import LeafDamageError, prepare
 from replica.delta.read import ChainReader, Layer
 from replica.delta.segment import (
     MAX_EXTENTS,
@@ -49,8 +50,10 @@ __all__ = [
     "KeySource",
     "Keyring",
     "Layer",
+    "LeafDamageError",
     "Manifest",
     "MemoryDelta",
+    "MemoryHead",
     "MemoryKeys",
     "Packer",
     "Rows",

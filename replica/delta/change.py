@@ -31,8 +31,9 @@ import numpy as np
 from replica import _native
 from replica.delta.extents import DATA, ZERO, Rows, as_bytes, count_data, stop_of
 from replica.delta.segment import MAX_EXTENTS, SEGMENT_RAW_BYTES, Segment
-from replica.errors import FormatError
-from replica.model import DeltaId, Disk, DiskId, State
+from replica.errors import FormatError, RootMismatchError
+from replica.model import DeltaId, Disk, DiskId, DiskState, State
+from replica.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -165,3 +166,21 @@ def check_segment(change: DiskChange, segment: Segment) -> None:
     last = segment.extents[-1]
     if tail and last["data"] == DATA and stop_of(segment.extents) == change.result_grains and payload[-tail:].any():
         raise FormatError(f"disk {name!r} has content past its end")
+
+
+def check_roots(roots: tuple[DiskState, ...], result: State) -> tuple[DiskState, ...]:
+    """The roots, if they are those that `result` names. RootMismatchError."""
+    for found, named in zip(roots, result.disks, strict=True):
+        if found.root != named.root:
+            raise RootMismatchError(
+                f"disk {named.disk.name!r} would not be what delta {result.delta_id} promises: its Merkle root is "
+                f"{found.root.hex()[:16]}… and not {named.root.hex()[:16]}…"
+            )
+    return roots
+
+
+def total_bytes(delta: Delta, progress: Progress) -> int:
+    """Bytes of data in the delta, for the progress; not worth opening every table when nobody watches."""
+    if progress is silent:
+        return 0
+    return sum(count_data(rows) * delta.disks[disk].grain_bytes for disk, rows in delta.extents())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from replica.delta import MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
-from replica.delta.apply import LeafDamageError
 from replica.delta.head import MemoryHead
+from replica.delta.prepare import LeafDamageError
 from replica.errors import BaseMismatchError, FormatError, RootMismatchError
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, Disk, DiskId, DiskState, State, random_id
