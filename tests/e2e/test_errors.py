@@ -18,7 +18,7 @@ from disks import digest, scribble
 from guest import command
 from lab import Lab
 
-CONFIG, IMAGE, SOURCE_BUSY, TRANSPORT, FORBIDDEN, BUSY, STORAGE, DAMAGE = 3, 4, 5, 6, 7, 9, 10, 11
+CONFIG, IMAGE, SOURCE_BUSY, TRANSPORT, FORBIDDEN, CONFLICT, BUSY, STORAGE, DAMAGE = 3, 4, 5, 6, 7, 8, 9, 10, 11
 POINT_GONE, TARGET_EXISTS, LISTEN = 12, 13, 14
 
 
@@ -89,17 +89,33 @@ def test_a_sender_that_claims_anothers_replica(pair: Lab, image: Path, tmp_path:
 
 
 def test_two_cycles_of_one_machine_at_once(pair: Lab, image: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "frozen-now"
-    pair.machine("web-1", {"os": image}, freeze=f"touch {mark}; sleep 2", thaw="true")
+    mark, release = tmp_path / "frozen-now", tmp_path / "go-on"
+    wait = f"touch {mark}; until [ -e {release} ]; do sleep 0.05; done"
+    pair.machine("web-1", {"os": image}, freeze=wait, thaw="true")
     config = pair.sender
     first = pair.popen("sync", "web-1", "--json", "-c", config)
     while not mark.exists():
         assert first.poll() is None
         time.sleep(0.02)
     failed(pair, BUSY, "web-1", config=config)
+    release.touch()
     out, err = first.communicate(timeout=60)
     assert first.returncode == 0, err
     assert json.loads(out)[0]["point"] == 2
+
+
+def test_two_senders_with_one_certificate(pair: Lab, image: Path, tmp_path: Path) -> None:
+    """The second one, without any state, adopts the replica; the first is fenced and told so."""
+    shutil.copytree(tmp_path / "keys", tmp_path / "keys-2")
+    second = pair.write_sender("second.toml", "hv-1", state="state-2/", keys="keys-2/")
+    scribble(image, 3, 10)
+    assert pair.json("sync", "web-1", "-c", second)[0]["point"] == 2
+    failed(pair, CONFLICT, "web-1", "another primary took the replica over")
+    scribble(image, 4, 10)
+    assert pair.json("sync", "web-1", "-c", second)[0]["point"] == 3
+    shutil.rmtree(tmp_path / "state")
+    assert pair.sync()["point"] == 4
+    assert digest(pair.restore(tmp_path / "out")["os"]) == digest(image)
 
 
 def test_an_image_of_another_size(pair: Lab, image: Path, tmp_path: Path) -> None:

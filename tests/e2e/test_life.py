@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -318,3 +319,28 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     assert point["frozen_at"] == good["frozen_at"]
     assert point["frozen_at"].endswith("Z")
     assert list((tmp_path / "keys").iterdir())
+
+
+def test_ctrl_c_ends_a_sync_in_order(lab: Lab, tmp_path: Path) -> None:
+    """The line is dead and the sync waits for it; the machine's thaw has run, and the next sync succeeds."""
+    image, log = tmp_path / "disk.raw", tmp_path / "hooks"
+    image.write_bytes(random.Random(13).randbytes(20_000_000))
+    lab.serve()
+    with Relay(lab.port) as relay:
+        lab.connect_port = relay.port
+        lab.machine("web-1", {"os": image}, freeze=f"echo freeze >> {log}", thaw=f"echo thaw >> {log}")
+        relay.cut_after(3_000_000)
+        process = lab.popen("sync", "web-1", "--json", "-c", lab.sender)
+        while relay.cuts == 0 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130, err
+        assert time.monotonic() - started < 10
+        assert (out, err.count("\n")) == ("", 1)
+        assert "interrupted" in err
+        assert log.read_text().split() == ["freeze", "thaw"]
+        relay.cut_after(None)
+        assert lab.sync()["point"] == 1
