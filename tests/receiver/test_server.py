@@ -360,6 +360,24 @@ def test_the_end_waits_for_a_commit_and_its_answer(pki: Pki, tmp_path: Path) -> 
     assert [d and d.head for d in done] == [state]
 
 
+def test_a_commit_nobody_waits_for_is_202_and_the_end_lets_it_finish(pki: Pki, tmp_path: Path) -> None:
+    made = Receiver(pki, tmp_path)
+    made.start()
+    delta_id, state = made.begin()
+    made.store.gate.clear()
+    for wait_seconds in (0, 1):
+        assert made.client.commit(made.id, delta_id, tail_of(state), 160, wait_seconds) is None
+    assert made.client.replica(made.id).applying == delta_id
+    made.loopback.ask_to_stop()
+    time.sleep(0.3)
+    assert not made.store.closed
+    made.store.gate.set()
+    made.loopback.stop()
+    made.client.close()
+    assert made.store.closed
+    assert made.store.head == state
+
+
 def test_the_end_does_not_wait_for_idle_connections(pki: Pki, tmp_path: Path) -> None:
     made = Receiver(pki, tmp_path)
     made.start()

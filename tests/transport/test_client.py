@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -199,18 +199,14 @@ def test_every_other_answer_has_its_error(pki: Pki, reply: bytes, kind: type[Rep
 
 
 def test_a_refusal_before_the_body_was_read_is_heard(pki: Pki) -> None:
-    """The server answers and closes while the client still writes its body."""
+    """The server answers and hangs up while the client still writes its body."""
     problem = wire.encode(wire.to_problem(ForbiddenError("not you")))
 
     def serve(peer: ssl.SSLSocket) -> None:
         peer.recv(1000)
         peer.sendall(answer("403 Forbidden", problem, wire.PROBLEM_TYPE, "Connection: close"))
-        peer.settimeout(1)
-        with suppress(OSError):
-            while peer.recv(65536):
-                pass
 
-    with playing(pki, serve) as url, pytest.raises((ForbiddenError, TransportError)):
+    with playing(pki, serve) as url, pytest.raises(ForbiddenError, match="not you"):
         HttpReceiver(url, pki.files("hv-1")).put_segment(RID, DELTA, 0, 160, bytes(32), bytes(8 << 20))
 
 
