@@ -164,7 +164,10 @@ class HttpApi:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
         except ConnectionError:
-            raise
+            log.info(
+                "%s %s by %s: the connection was lost in the middle of it", request.method, request.path, _who(request)
+            )
+            return _problem(TransportError("the connection was lost"))  # there is nobody left to read it
         except Exception:
             log.exception("%s %s by %s failed", request.method, request.path, _who(request))
             return _problem(ReplicaError("the receiver failed at this request", hint="its log says why"))
