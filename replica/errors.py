@@ -13,6 +13,7 @@ engine itself, 2 wrong usage of the command line, and those below.
 from __future__ import annotations
 
 from typing import ClassVar
+from uuid import UUID
 
 
 class ReplicaError(Exception):
@@ -94,9 +95,13 @@ class ConflictError(ReplicaError):
 
 
 class BaseMismatchError(ConflictError):
-    """A delta whose base is not the replica's head."""
+    """A delta whose base is not the replica's head; `head` is the delta id of the state that is."""
 
     code, exit_code, status, retryable = "base-mismatch", 8, 409, True
+
+    def __init__(self, message: str, *, hint: str = "", head: UUID | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.head = head
 
 
 class FencedError(ConflictError):

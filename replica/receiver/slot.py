@@ -24,12 +24,12 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from replica.errors import BaseMismatchError, BusyError, ReplicaError
+from replica.errors import BusyError, ReplicaError
 from replica.model import DeltaId, ReplicaId, rfc3339
 from replica.receiver.admission import Activity, check_adopt, check_delta
 from replica.receiver.stores import Store, Stores
 from replica.store import Identity
-from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem, with_head
+from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +128,7 @@ class Slot:
         store = self.store()
         with self._jobs:
             self._refuse_while_working("begin a delta")
-        try:
-            received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
-        except BaseMismatchError as error:
-            raise with_head(error, store.head.delta_id) from None
+        received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         with self._jobs:
             self._active = Activity(delta_id, begin.epoch, self._clock())
             self._job = None

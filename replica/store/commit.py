@@ -130,7 +130,8 @@ class Committer:
         head, base, result = self.state.head, delta.base, delta.result
         if base != head:
             raise BaseMismatchError(
-                f"delta {delta.delta_id} starts from state {base.delta_id}, but the replica's head is {head.delta_id}"
+                f"delta {delta.delta_id} starts from state {base.delta_id}, but the replica's head is {head.delta_id}",
+                head=head.delta_id,
             )
         if result.delta_id != delta.delta_id or result.replica_id != head.replica_id:
             raise ProtocolError(f"delta {delta.delta_id} does not lead to a state of this replica named after it")

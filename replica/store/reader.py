@@ -77,7 +77,7 @@ class ReplicaReader:
             if not link.result.is_empty and link.result != head
         ]
         if not head.is_empty:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(head)))
+            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain)))
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -101,8 +101,11 @@ class ReplicaReader:
                 continue
         return total
 
-    def _head_usable(self, head: State) -> bool:
-        return all(self._fs.exists(self.layout.image(entry.disk.id)) for entry in head.disks)
+    def _head_usable(self, chain: Chain) -> bool:
+        """Whether every image is there that the newest point is read from (while it is being undone: fewer)."""
+        below = chain.links[0].base if chain.links and chain.links[0].result == chain.state.head else chain.state.head
+        kept = [entry.disk.id for entry in chain.state.head.disks if below.disk(entry.disk.id) is not None]
+        return all(self._fs.exists(self.layout.image(disk_id)) for disk_id in kept)
 
     def open_point(self, number: int | None = None) -> PointReader:
         """Open a point (the newest without a number), pinned. PointGoneError if it is not listed."""
@@ -212,6 +215,8 @@ class PointReader:
     def _open_images(self) -> None:
         """The head's disks as they were when the layers were opened; later changes of size come as layers."""
         for entry in self._top.disks:
+            if self.state.disk(entry.disk.id) is None:
+                continue  # added since this point, and perhaps not made yet
             disk, path = entry.disk, self._layout.image(entry.disk.id)
             image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
             self._images[disk.id] = self._resources.enter_context(image)

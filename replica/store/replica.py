@@ -202,7 +202,8 @@ class ReplicaStore:
                 raise self._busy()
             if base != self.head.delta_id:
                 raise BaseMismatchError(
-                    f"delta {delta_id} starts from state {base}, but the replica's head is {self.head.delta_id}"
+                    f"delta {delta_id} starts from state {base}, but the replica's head is {self.head.delta_id}",
+                    head=self.head.delta_id,
                 )
             self._check_header(delta_id, epoch, header)
             if self._fs.exists(final_path(self._layout, delta_id)):

@@ -32,7 +32,7 @@ from uuid import UUID
 import blake3
 import msgspec
 
-from replica.errors import BY_CODE, ProtocolError, ReplicaError, TransportError
+from replica.errors import BY_CODE, BaseMismatchError, ProtocolError, ReplicaError, TransportError
 from replica.model import DIGEST_BYTES, DeltaId, Epoch, Frozen, KeyId, ReplicaId, State, check_name
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ DOCUMENT_TYPE = "application/json"
 _URN = "urn:replica:error:"
 
 T = TypeVar("T")
-E = TypeVar("E", bound=ReplicaError)
 
 
 class Problem(Frozen, frozen=True, omit_defaults=True):
@@ -70,7 +69,7 @@ class Problem(Frozen, frozen=True, omit_defaults=True):
     detail: str
     hint: str = ""
     retryable: bool = False
-    head: DeltaId | None = None
+    head: UUID | None = None
 
 
 class ReplicaInfo(Frozen, frozen=True):
@@ -221,7 +220,7 @@ def to_problem(error: ReplicaError) -> Problem:
         detail=error.message,
         hint=error.hint,
         retryable=error.retryable,
-        head=head_of(error),
+        head=error.head if isinstance(error, BaseMismatchError) else None,
     )
 
 
@@ -230,17 +229,6 @@ def from_problem(problem: Problem) -> ReplicaError:
     kind = BY_CODE.get(problem.type.removeprefix(_URN))
     if kind is None:
         kind = TransportError if problem.retryable else ProtocolError if problem.status < 500 else ReplicaError
-    error = kind(problem.detail, hint=problem.hint)
-    return error if problem.head is None else with_head(error, problem.head)
-
-
-def with_head(error: E, head: DeltaId) -> E:
-    """Let an error say which state the replica really has; see `head_of`."""
-    vars(error)["head"] = head
-    return error
-
-
-def head_of(error: ReplicaError) -> DeltaId | None:
-    """The state that a replica had when it refused a delta's base, if the error says so."""
-    head: DeltaId | None = vars(error).get("head")
-    return head
+    if kind is BaseMismatchError:
+        return BaseMismatchError(problem.detail, hint=problem.hint, head=problem.head)
+    return kind(problem.detail, hint=problem.hint)

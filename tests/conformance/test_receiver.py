@@ -23,7 +23,7 @@ from replica.errors import (
 )
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, DiskId, Epoch, ReplicaId, random_id
-from replica.transport.wire import Adopt, Begin, Enrol, ReplicaInfo, head_of
+from replica.transport.wire import Adopt, Begin, Enrol, ReplicaInfo
 from tests.conformance.conftest import Both, Way
 from tests.store.small_primary import Made, SmallPrimary
 
@@ -169,7 +169,7 @@ def test_a_wrong_base_is_refused_with_the_actual_head(way: Way) -> None:
     head = sync(receiver, primary).head
     with pytest.raises(BaseMismatchError) as caught:
         begin(receiver, primary, old)
-    assert head_of(caught.value) == head.delta_id
+    assert caught.value.head == head.delta_id
 
 
 def test_a_segment_damaged_on_the_way_is_refused_and_sent_again(way: Way) -> None:

@@ -86,7 +86,7 @@ class MemoryStore:
         if self.applying:
             raise BusyError("applying")
         if base != self.head.delta_id:
-            raise BaseMismatchError("another base")
+            raise BaseMismatchError("another base", head=self.head.delta_id)
         if self.receiving != delta_id:
             self.receiving, self.segments = delta_id, {}
         return [(n, n + 1) for n in sorted(self.segments)]

@@ -10,7 +10,7 @@ import pytest
 
 from replica.errors import BaseMismatchError, BusyError, RootMismatchError, StorageFullError, TransportError
 from replica.model import DeltaId, random_id
-from replica.transport.wire import Adopt, Begin, head_of
+from replica.transport.wire import Adopt, Begin
 from tests.receiver.conftest import Primary, World
 from tests.receiver.memory_stores import tail_of
 
@@ -141,7 +141,7 @@ def test_a_wrong_base_names_the_actual_head(primary: Primary) -> None:
     begin = Begin(DeltaId(random_id()), primary.epoch, bytes(160))
     with pytest.raises(BaseMismatchError) as caught:
         primary.session.begin(primary.id, DeltaId(random_id()), begin)
-    assert head_of(caught.value) == done.head.delta_id
+    assert caught.value.head == done.head.delta_id
 
 
 def test_a_damaged_segment_never_reaches_the_store(primary: Primary) -> None:
