@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import struct
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import xxhash
 from blake3 import blake3
@@ -213,8 +214,19 @@ def final_path(layout: Layout, delta_id: DeltaId) -> Path:
     return layout.incoming / str(delta_id)
 
 
+def held(fs: FileSystem, layout: Layout) -> dict[str, DeltaId]:
+    """File name -> delta id of everything in `incoming/`; what has another kind of name is not the engine's."""
+    found: dict[str, DeltaId] = {}
+    for name in fs.list_names(layout.incoming):
+        stem, _, suffix = name.partition(".")
+        if suffix in ("", "part", "index"):
+            with suppress(ValueError):
+                found[name] = DeltaId(UUID(stem))
+    return found
+
+
 def discard_all(fs: FileSystem, layout: Layout, *, keep: DeltaId | None = None) -> None:
     """Remove every delta that is arriving or was received, but for `keep`."""
-    for name in fs.list_names(layout.incoming):
-        if keep is None or name.partition(".")[0] != str(keep):
+    for name, delta_id in held(fs, layout).items():
+        if delta_id != keep:
             fs.unlink(layout.incoming / name)

@@ -34,10 +34,10 @@ from replica.errors import (
     ReplicaError,
     StorageError,
 )
-from replica.model import DeltaId, Epoch, KeyId, State
+from replica.model import DeltaId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store.commit import Committer
-from replica.store.incoming import Incoming, discard_all, final_path, part_path
+from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
 from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
 from replica.store.pins import try_unpin_all
 from replica.store.points import PointIndex
@@ -144,16 +144,13 @@ class ReplicaStore:
     @property
     def received(self) -> DeltaId | None:
         """A delta that arrived whole on top of the head and waits for its commit, after a restart say."""
-        for name in self._fs.list_names(self._layout.incoming):
-            if "." not in name:
-                return DeltaId(UUID(name))
-        return None
+        whole = [delta_id for name, delta_id in held(self._fs, self._layout).items() if "." not in name]
+        return whole[0] if whole else None
 
     @property
     def receiving(self) -> DeltaId | None:
         """The delta that is arriving or was received."""
-        names = self._fs.list_names(self._layout.incoming)
-        return DeltaId(UUID(names[0].partition(".")[0])) if names else None
+        return next(iter(held(self._fs, self._layout).values()), None)
 
     def has_key(self, key: DataKey) -> bool:
         """Whether exactly this key is here; KeyMissingError if another one has its id."""
@@ -162,10 +159,6 @@ class ReplicaStore:
         except KeyMissingError:
             return False
         return present == key
-
-    @property
-    def key_ids(self) -> tuple[KeyId, ...]:
-        return self._keyring.ids
 
     # --- receiving ---
 

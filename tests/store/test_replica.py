@@ -461,3 +461,16 @@ def test_a_wrong_delta_id_is_not_received(fs: FileSystem, tmp_path: Path) -> Non
     store = SmallPrimary(SIZES).enrol(fs, tmp_path)
     with pytest.raises(ProtocolError, match="not open"):
         store.receive(DeltaId(random_id()), 0, 160, bytes(32), b"x")
+
+
+def test_files_of_others_in_incoming_are_left_alone(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    stray = store.directory / "incoming" / "notes.txt"
+    stray.write_text("mine")
+    assert store.receiving is None and store.received is None
+    for _ in range(2):
+        primary.scribble()
+        primary.send(store, primary.make())  # discards the one before
+    primary.sync(store)
+    assert stray.read_text() == "mine"
