@@ -90,6 +90,23 @@ def test_rot_in_a_leaf_that_changes_is_named(offset: int) -> None:
     assert head.writes == 0
 
 
+def test_rot_in_a_leaf_of_zeros_is_named_where_part_of_it_stays() -> None:
+    """The tree says it is zero, the head says otherwise; what the delta does not cover would stay wrong."""
+    zeros = {OS: bytes(1 << 20)}
+    delta = diff(head_of(zeros, 0), head_of({OS: changed(zeros[OS], 0, b"new")}, 1))
+    head = watched(zeros)
+    head._contents[OS.id][16000] = 1
+    with pytest.raises(LeafDamageError, match="os"):
+        apply(head, delta)
+    assert head.writes == 0
+
+
+def test_a_leaf_of_zeros_that_is_replaced_is_not_read() -> None:
+    head = watched({OS: bytes(1 << 20)})
+    prepared(head, diff(head_of({OS: bytes(1 << 20)}, 0), head_of({OS: CONTENT}, 1)))
+    assert head.reads == []
+
+
 def test_rot_beside_what_changes_is_not_looked_for() -> None:
     delta = diff(head_of({OS: CONTENT}, 0), head_of({OS: changed(CONTENT, 0, b"new")}, 1))
     head = watched({OS: CONTENT})
