@@ -82,7 +82,7 @@ class SmallPrimary:
             offset += len(blob)
 
         packer = Packer(add)
-        ids = sorted({d.disk.id.bytes for d in self.state.disks} | {i.bytes for i in self.ids.values()})
+        ids = sorted({d.disk.id.bytes for d in self.state.disks} | {self.ids[name].bytes for name in self.content})
         for name, disk_id in sorted(self.ids.items(), key=lambda item: item[1].bytes):
             if name in self.content:
                 self._pack(packer, ids.index(disk_id.bytes), name)
