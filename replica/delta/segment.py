@@ -232,12 +232,9 @@ def open_chunk(opener: Opener, table: Table, index: int, sealed: Buffer) -> byte
     try:
         if zstandard.frame_content_size(data) != raw_bytes:  # checked before the decompressor allocates it
             raise FormatError(f"{where} decompresses to another size than declared")
-        raw = _codec.decompressor.decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        return _codec.decompressor.decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
+    except zstandard.ZstdError as error:  # also where the frame ends before its content size, or goes on behind it
         raise FormatError(f"{where} does not decompress: {error}") from error
-    if len(raw) != raw_bytes:
-        raise FormatError(f"{where} decompresses to another size than declared")
-    return raw
 
 
 def open_segment(opener: Opener, number: int, blob: Buffer, grain_bytes: int) -> Segment:

@@ -20,9 +20,12 @@ from replica.delta import (
     Segment,
     SegmentEntry,
     Table,
+    Trailer,
     diff,
     rows_of,
 )
+from replica.delta.manifest import encode_manifest
+from replica.delta.seal import Kind
 from replica.durable import FileSystem
 from replica.errors import DamageError, FormatError, KeyMissingError, StorageError
 from replica.model import DeltaId, Disk, DiskId, KeyId, random_id
@@ -167,11 +170,40 @@ def test_walking_a_file_needs_a_segment_of_memory(fs: FileSystem, tmp_path: Path
     assert peak < 24 << 20
 
 
-def test_a_segment_that_the_manifest_does_not_name_is_refused(delta: MemoryDelta) -> None:
-    """Sealed with the right key, in the right place: still not what the manifest's digest says."""
+def forged(delta: MemoryDelta, padding: bytes = b"", **changes: object) -> bytes:
+    """A file by somebody with the key: the first segment alone, `padding` behind it, its entry changed."""
     sealer = DeltaSealer(KEY, REPLICA, delta.delta_id, EPOCH)
     sealed = sealer.seal(delta.parts[0])
-    entry = SegmentEntry.of(sealed, 160)._replace(digest=bytes(32))
-    data = sealer.header + sealed.blob + sealer.tail([entry], delta.base, delta.result)
-    with open_file(data, MemoryKeys(KEY)) as reader, pytest.raises(FormatError, match="manifest names"):
+    entry = SegmentEntry.of(sealed, 160)._replace(**changes)  # type: ignore[arg-type]
+    if not padding:
+        tail = sealer.tail([entry], delta.base, delta.result)
+    else:
+        plain = encode_manifest(delta.delta_id, delta.base, delta.result, [entry])
+        manifest = sealer._sealer.seal(Kind.MANIFEST, 0, 0, plain, len(plain))
+        tail = manifest + Trailer(160 + entry.length + len(padding), len(manifest)).raw
+    return sealer.header + sealed.blob + padding + tail
+
+
+@pytest.mark.parametrize(
+    ("padding", "changes", "message"),
+    [
+        (b"", {"digest": bytes(32)}, "not the one its manifest names"),
+        (b"", {"first": 1}, "something else than its manifest says"),
+        (b"", {"last": 1000}, "something else than its manifest says"),
+        (b"unaccounted", {}, "without gaps"),
+    ],
+)
+def test_a_file_that_contradicts_its_manifest_is_refused(
+    delta: MemoryDelta, padding: bytes, changes: dict[str, object], message: str
+) -> None:
+    """All of it sealed with the right key, and in the right place."""
+    with (
+        pytest.raises(FormatError, match=message),
+        open_file(forged(delta, padding, **changes), MemoryKeys(KEY)) as reader,
+    ):
+        reader.verify()
+
+
+def test_the_forgery_itself_is_sound(delta: MemoryDelta) -> None:
+    with open_file(forged(delta), MemoryKeys(KEY)) as reader:
         reader.verify()

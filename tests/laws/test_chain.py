@@ -58,7 +58,7 @@ def test_every_point_reads_as_it_was(history: list[Contents], reported: int, dat
 
 @given(histories(states=STATES), st.data())
 def test_a_point_stays_while_the_head_moves_on(history: list[Contents], data: st.DataObject) -> None:
-    """Each read from the head is followed by a commit before `newer` is asked: the commit's inverse must win."""
+    """Each look at the head is followed by a commit before `newer` is asked: the commit's inverse must win."""
     head = head_of(history[0], 0)
     upcoming = list(enumerate(history[1:], 1))
     published: list[MemoryDelta] = []
@@ -75,10 +75,21 @@ def test_a_point_stays_while_the_head_moves_on(history: list[Contents], data: st
             content = head.content(disk_id)[offset : offset + len(buffer)]
             buffer[: len(content)] = content
 
+    def head_ranges(disk_id: DiskId, start: int, stop: int) -> list[tuple[int, int]]:
+        """The head has holes where it is zero now, after the commit."""
+        commit_next()
+        if not head.state.disk(disk_id):
+            return []
+        content = head.content(disk_id)[start:stop]
+        return [(start + at, start + at + 1) for at in range(len(content)) if content[at]]
+
     def newer() -> list[object]:
         found = [reader_of(inverse) for inverse in published]
         published.clear()
         return found
 
-    chain = ChainReader(head.state, [], below, newer)  # type: ignore[arg-type]
+    chain = ChainReader(head.state, [], below, newer, head_ranges)  # type: ignore[arg-type]
+    if data.draw(st.booleans(), label="ask for ranges first"):
+        for disk, content in history[0].items():
+            check_allocated(chain, disk, content, 0, len(content))
     check_point(chain, history[0], data)
