@@ -268,6 +268,21 @@ def test_a_commit_that_never_arrived_is_shipped_anew(lab: Lab) -> None:
     lab.assert_equal()
 
 
+def test_once_the_commit_was_asked_for_nothing_is_discarded(lab: Lab) -> None:
+    lab.scribble("os", 0, MiB)
+    link = lab.link()
+
+    def after(name: str, _arguments: Any) -> None:
+        if name == "commit":
+            raise StorageError("it said, but who knows what it did")
+
+    link.after = after
+    with pytest.raises(StorageError):
+        lab.sync(link)
+    assert "discard" not in link.calls and journals(lab) == ["pending"]
+    assert lab.sync().mode is Mode.INCREMENTAL
+
+
 def test_the_receiver_may_restart_in_the_middle(lab: Lab) -> None:
     lab.scribble("os", 0, 20 * MiB)
     link = lab.link()

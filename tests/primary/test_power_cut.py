@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from primary_lab import KiB, Lab, Link
 
 from replica.durable import File, FileSystem, Lock
+from replica.plan import Mode
 from replica.primary.cycle import sync_machine
 from replica.store import replica_directories
 
@@ -138,6 +140,7 @@ def test_an_incremental_survives_a_cut_anywhere(small: Lab) -> None:
             change(due + 1)  # between the cut and the next cycle the guest goes on
         frozen = small.copy()
         result = small.sync()
+        assert result.mode is Mode.INCREMENTAL, f"a cut before step {due} cost the trackers"
         small.assert_equal(result.point, frozen)
         points[result.point] = frozen
     assert cuts > 25
@@ -145,6 +148,29 @@ def test_an_incremental_survives_a_cut_anywhere(small: Lab) -> None:
         small.assert_equal(point, points[point])
     names = {path.name for path in small.spec.machine_directory("web-1").iterdir()}
     assert names == {"machine.json", "lock", "status.json", "disks"}
+
+
+def test_a_cut_anywhere_and_a_receiver_put_back_to_before_it(small: Lab) -> None:
+    """Trackers that are half folded describe neither state: nothing may be compared with them."""
+    small.scribble("os", 0, 200 * KiB)
+    small.sync()
+    saved = small.root / "saved"
+
+    def save(due: int) -> None:
+        shutil.rmtree(saved, ignore_errors=True)
+        subprocess.run(["cp", "-a", "--sparse=always", small.storage, saved], check=True)
+        for disk, size in (("os", 250 * KiB), ("data", 50 * KiB)):
+            small.scribble(disk, due * 1000 % size, 9000)
+
+    modes = set()
+    for _ in cut_at_every_step(small, save):
+        small.site.close()
+        shutil.rmtree(small.storage)
+        saved.rename(small.storage)
+        small.site = small.open_site()
+        modes.add(small.sync().mode)
+        small.assert_equal()
+    assert modes == {Mode.INCREMENTAL, Mode.RESYNC}
 
 
 def test_two_cuts_in_a_row_anywhere(small: Lab) -> None:

@@ -124,13 +124,13 @@ def test_a_daemon_left_behind_by_freeze_does_not_hinder(image: Path, state: Path
 
 
 def test_past_the_limit_it_is_thawed_and_the_point_refused(image: Path, state: Path, commands: Commands) -> None:
-    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"), 0.3)
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"), 1.5)
     with freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
         snapshot.check()
         commands.wait_for("freeze", "thaw")
-        with pytest.raises(FreezeError, match=r"limit of 0.3 s"):
+        with pytest.raises(FreezeError, match=r"limit of 1\.5 s"):
             snapshot.check()
-        with pytest.raises(FreezeError, match=r"limit of 0.3 s.*raise `freeze_limit`"):
+        with pytest.raises(FreezeError, match=r"limit of 1\.5 s.*raise `freeze_limit`"):
             snapshot.finish()
     assert commands.said == ["freeze", "thaw"]
 
@@ -207,8 +207,9 @@ def test_a_killed_sender_leaves_no_frozen_machine(
     assert process.stdout is not None and process.stdout.readline() == b"frozen\n"
     kill(process)
     commands.wait_for("freeze", "thaw")
-    assert not thaw_marked(FS, state, FreezeSpec()), "the watchdog removed the mark, or is waited for"
+    thaw_marked(FS, state, FreezeSpec())  # the watchdog has removed the mark, or is waited for
     assert commands.said == ["freeze", "thaw"]
+    assert not (state / "frozen").exists()
 
 
 def test_killed_while_freeze_runs_thaw_comes_after_it(

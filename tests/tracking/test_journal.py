@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tracking_machine import Machine, MemoryImage
 
-from replica.durable import FileSystem
+from replica.durable import File, FileSystem
 from replica.errors import FormatError
 from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, Epoch, ReplicaId, State
 from replica.tracking.journal import Journal, JournalRecord, JournalSummary, JournalWriter
@@ -121,6 +121,29 @@ def test_accepting_renames_and_is_idempotent(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["folding"]
         journal.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_given_only_to_what_was_synced(tmp_path: Path) -> None:
+    """After a crash a file that has its name has its content."""
+    steps: list[str] = []
+
+    class Recording(FileSystem):
+        def create(self, path: Path, *, private: bool = False) -> File:
+            file = super().create(path, private=private)
+            sync = file.sync
+            file.sync = lambda: (steps.append("sync"), sync())[1]  # type: ignore[method-assign]
+            write = file.write
+            file.write = lambda at, data: (steps.append("write"), write(at, data))[1]  # type: ignore[method-assign]
+            return file
+
+        def publish(self, temporary: Path, final: Path) -> None:
+            steps.append(f"{temporary.name} -> {final.name}")
+            super().publish(temporary, final)
+
+    with JournalWriter(Recording(), tmp_path) as journal:
+        journal.add(RECORDS[0])
+        journal.finish(SUMMARY)
+    assert steps == ["write", "sync", ".pending.tmp -> pending"]
 
 
 def test_memory_does_not_grow_with_the_disk(tmp_path: Path) -> None:
