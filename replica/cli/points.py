@@ -31,7 +31,10 @@ def points(machine: str, config: Path, as_json: bool) -> None:
     from replica.durable import FileSystem
     from replica.model import rfc3339
 
-    listed = find_replica(FileSystem(), load_receiver(config), machine).points()
+    reader = find_replica(FileSystem(), load_receiver(config), machine)
+    listed = reader.points()
+    for path in reader.damaged:
+        click.echo(f"replica: {path} is damaged: the points that need it are lost or not restorable", err=True)
     if as_json:
         print_json(
             [

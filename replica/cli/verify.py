@@ -49,7 +49,7 @@ def verify(machine: str, config: Path, as_json: bool) -> int:
         for v in verdicts:
             bad = sum(length for _, length in v.mismatches)
             text = f"{len(v.mismatches)} ranges with {size(bad)} differ" if bad else "as it should be"
-            click.echo(f"{v.disk.name}: {size(v.disk.size_bytes)}, {size(v.checked_bytes)} of it not holes: {text}")
+            click.echo(f"{v.disk.name}: {size(v.disk.size_bytes)}, {size(v.checked_bytes)} read: {text}")
             for offset, length in v.mismatches:
                 click.echo(f"  bytes {offset} to {offset + length - 1}")
     if not damaged:

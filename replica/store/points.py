@@ -18,7 +18,7 @@ from pathlib import Path
 from replica import documents
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
-from replica.errors import DamageError, StorageError
+from replica.errors import DamageError, KeyMissingError, StorageError
 from replica.model import DeltaId, State
 from replica.store.layout import Layout, StoreState
 
@@ -81,7 +81,10 @@ class PointIndex:
         return sorted(self._layout.points / name for name in self._damaged)
 
     def links(self) -> list[Link]:
-        """Every readable inverse that is in the directory now."""
+        """Every readable inverse that is in the directory now; `damaged` are the others.
+
+        KeyMissingError or StorageError if one can't be looked at: no list is better than a list that hides points.
+        """
         names = {name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")}
         self._known = {name: link for name, link in self._known.items() if name in names}
         self._damaged &= names
@@ -94,11 +97,13 @@ class PointIndex:
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
                 self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes)
+        except KeyMissingError:
+            raise
         except DamageError:
             self._damaged.add(name)
         except StorageError:
-            if self._fs.exists(path):
-                self._damaged.add(name)
+            if self._fs.exists(path):  # else it was rotated out just now
+                raise
 
     def leading_to(self, state: DeltaId) -> list[Link]:
         """The inverses whose result is this state: more than none once something newer was applied."""

@@ -88,7 +88,7 @@ class ReplicaReader:
 
     @property
     def damaged(self) -> list[Path]:
-        """Files in `points/` that are no readable inverse, as of the last look."""
+        """Files in `points/` that are no readable inverse, as of the last look: which point they led to is unknown."""
         return self._index.damaged
 
     def _head_bytes(self, head: State) -> int:

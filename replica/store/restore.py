@@ -47,7 +47,13 @@ def restore_point(
     try:
         for disk in point.disks:
             temporary = written[disk.name] = target / f".{disk.name}.{os.urandom(4).hex()}.partial"
-            _write_disk(fs, point, disk, temporary, format, _from(progress, done, total))
+            try:
+                _write_disk(fs, point, disk, temporary, format, _from(progress, done, total))
+            except DamageError as error:
+                raise DamageError(
+                    f"disk {disk.name!r} of point {point.state.point} cannot be restored: {error.message}",
+                    hint="what was written is removed again; restore a newer point, which may not need what is damaged",
+                ) from error
             done += disk.size_bytes
         for name, path in paths.items():
             fs.publish_new(written.pop(name), path)
@@ -84,11 +90,7 @@ def _write_disk(
         expected = point.state.disk(disk.id)
         assert expected is not None
         if tree.root(disk.size_bytes) != expected.root:
-            raise DamageError(
-                f"disk {disk.name!r} of point {point.state.point} does not have the Merkle root it was committed with; "
-                "what was written was removed again",
-                hint="run 'replica verify' on this machine and choose another point",
-            )
+            raise DamageError("what was read does not have the Merkle root that the point was committed with")
         image.sync()
 
 

@@ -10,13 +10,16 @@ computed again from the leaves and compared with the committed state's.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from replica import documents
 from replica.durable import File, FileSystem
+from replica.errors import BusyError
 from replica.images.flat import FlatImage
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk, DiskState
@@ -24,6 +27,9 @@ from replica.progress import Progress, silent
 from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
 
 WINDOW_BYTES = 4 << 20
+SETTLE_TRIES = 100
+SETTLE_SECONDS = 0.1
+"""A commit that is at work has the head's lock most of the time; these bridge the moments before and after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +113,13 @@ class _Checker:
         return np.flatnonzero((found != stored).any(axis=1))
 
     def _confirm(self, suspects: list[int]) -> tuple[tuple[int, int], ...]:
-        """Look again while no commit can be in the way."""
+        """Look again while no commit can be in the way. BusyError if one was cut and nobody finishes it."""
         disk, leaf = self._disk, self._disk.leaf_bytes
         wrong: list[tuple[int, int]] = []
-        with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
-            state = documents.load(self._fs, self._layout.state, StoreState)
+        with self._settled() as state:
             committed = state.head.disk(disk.id)
-            if committed is None or state.applying is not None or committed.disk != disk:
-                return ()
+            if committed is None or committed.disk != disk:
+                return ()  # removed or resized meanwhile: what was read is not what is to be checked
             for index in suspects:
                 offset = index * leaf
                 length = min(leaf, disk.size_bytes - offset)
@@ -123,6 +128,21 @@ class _Checker:
             if not wrong and not self._tree_fits(committed):
                 wrong.append((0, disk.size_bytes))
         return tuple(_joined(wrong))
+
+    @contextmanager
+    def _settled(self) -> Iterator[StoreState]:
+        """Hold the head still, between two commits."""
+        for _ in range(SETTLE_TRIES):
+            with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
+                state = documents.load(self._fs, self._layout.state, StoreState)
+                if state.applying is None:
+                    yield state
+                    return
+            time.sleep(SETTLE_SECONDS)
+        raise BusyError(
+            f"the head in {self._layout.root} is in the middle of a commit that nobody goes on with",
+            hint="start 'replica serve', which finishes it, and verify again; every point can be restored meanwhile",
+        )
 
     def _tree_fits(self, committed: DiskState) -> bool:
         """Whether the stored leaves and the stored root both give the committed root."""

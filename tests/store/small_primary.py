@@ -43,6 +43,7 @@ class SmallPrimary:
         self.state = State.empty(self.replica_id, self.epoch)
         self.sent: dict[str, bytes] = {}
         self.copies: dict[int, dict[str, bytes]] = {}
+        self.made: list[Made] = []
 
     def enrol(self, fs: FileSystem, storage: Path, head_format: str = "raw") -> ReplicaStore:
         identity = Identity(self.replica_id, "web-1", "hv-1", "prod", head_format, 0)  # type: ignore[arg-type]
@@ -123,6 +124,7 @@ class SmallPrimary:
 
     def acknowledge(self, made: Made) -> None:
         self.state = made.result
+        self.made.append(made)
         self.sent = {name: bytes(data) for name, data in self.content.items()}
         self.copies[made.result.point] = dict(self.sent)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from replica import documents
 from replica.durable import File, FileSystem
 from replica.errors import (
     BaseMismatchError,
@@ -16,6 +17,7 @@ from replica.errors import (
     DamageError,
     FencedError,
     FormatError,
+    KeyMissingError,
     PointGoneError,
     ProtocolError,
     ReplicaError,
@@ -25,7 +27,7 @@ from replica.errors import (
     TargetExistsError,
 )
 from replica.model import DeltaId, DiskId, Epoch, random_id
-from replica.store import ReplicaReader, ReplicaStore, restore_point
+from replica.store import Layout, ReplicaReader, ReplicaStore, StoreState, restore_point
 from tests.store.small_primary import SmallPrimary
 
 SIZES = {"os": 3_000_001, "data": 9_437_184}
@@ -455,6 +457,61 @@ def test_verify_names_the_damaged_leaf(fs: FileSystem, tmp_path: Path) -> None:
     with pytest.raises(DamageError), reader.open_point() as point:
         restore_point(fs, point, tmp_path / "out", "raw")
     assert not fs.list_names(tmp_path / "out")
+
+
+def test_damaged_points_are_never_silently_left_out(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(4):
+        primary.scribble()
+        primary.sync(store)
+    store.rotate(24)
+    reader = ReplicaReader(fs, store.directory)
+    assert len(reader.points()) == 4 and reader.damaged == []
+    oldest = next(p for p in (store.directory / "points").iterdir() if p.name == str(primary.made[1].delta_id))
+    whole = oldest.read_bytes()
+    oldest.write_bytes(whole[:100])
+    reader = ReplicaReader(fs, store.directory)
+    assert [info.state.point for info in reader.points()] == [2, 3, 4]
+    assert reader.damaged == [oldest]
+    oldest.write_bytes(whole)
+    keys = store.directory / "keys"
+    keys.rename(tmp_path / "escrow")
+    with pytest.raises(KeyMissingError):
+        ReplicaReader(fs, store.directory).points()
+    (tmp_path / "escrow").rename(keys)
+    assert len(ReplicaReader(fs, store.directory).points()) == 4
+
+
+def test_a_rotten_inverse_names_disk_and_point(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path / "s")
+    for _ in range(2):
+        primary.scribble()
+        primary.sync(store)
+    inverse = store.directory / "points" / str(primary.made[1].delta_id)
+    data = bytearray(inverse.read_bytes())
+    data[400] ^= 1
+    inverse.write_bytes(data)
+    with (
+        ReplicaReader(fs, store.directory).open_point(1) as point,
+        pytest.raises(DamageError, match="of point 1 cannot be restored.*restore a newer point"),
+    ):
+        restore_point(fs, point, tmp_path / "out", "raw")
+    assert not fs.list_names(tmp_path / "out")
+
+
+def test_verify_says_when_a_commit_was_cut(fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store)
+    layout = Layout(store.directory)
+    state = documents.load(fs, layout.state, StoreState)
+    documents.save(fs, layout.state, StoreState(state.head, state.epoch, DeltaId(random_id())))
+    monkeypatch.setattr("replica.store.verify.SETTLE_TRIES", 2)
+    with pytest.raises(BusyError, match="start 'replica serve'"):
+        ReplicaReader(fs, store.directory).verify()
 
 
 def test_a_wrong_delta_id_is_not_received(fs: FileSystem, tmp_path: Path) -> None:
