@@ -67,6 +67,11 @@ class Image(Protocol):
         """Fill all of `buffer` (writable, contiguous) from `offset`; ImageError beyond the disk's end."""
         ...
 
+    @property
+    def file_id(self) -> tuple[int, int]:
+        """Device and inode of the file that is open here, whatever its path names by now."""
+        ...
+
     def close(self) -> None:
         """Idempotent; no other call may follow or be under way."""
         ...

@@ -33,6 +33,7 @@ class RawImage:
         self.path: Path = source.path
         self.size_bytes = source.size_bytes
         self.sector_bytes = source.sector_bytes
+        self.file_id = source.file_id
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> RawImage:

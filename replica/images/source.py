@@ -39,6 +39,10 @@ class Source:
         self.size_bytes = size_bytes
         self.sector_bytes = sector_bytes
         self._device = device
+        with image_errors(path):
+            info = os.fstat(file.fileno())
+        self.file_id = (info.st_dev, info.st_ino)
+        """Device and inode of what is open, whatever the path names by now."""
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> Source:

@@ -2,10 +2,23 @@
 
 If device, inode, size, mtime and ctime of a file are the same before the first
 and after the last read, nobody wrote to it in between, provided that its stamps
-were old enough at the start: a kernel stamps with the time of its last timer
-tick, so a write just after the first look could leave the same stamps. 20 ms
-is more than two ticks of the slowest kernels (100 Hz). The ctime cannot be set
-by anyone, so it catches what a `touch` would hide.
+were old enough at the start: a write just after the first look could leave the
+same stamps. How old is enough follows from two things. A kernel stamps with the
+time of its last timer tick: 20 ms is more than two ticks of the slowest kernels
+(100 Hz). And a file system may keep less of the stamp than the kernel gives it:
+whole seconds (ext4 with 128-byte inodes, ext3), two seconds (FAT), 10 ms (exFAT).
+The stamp itself tells: one of whole seconds is taken for one that two seconds
+share, one of whole 10 ms likewise. The ctime cannot be set by anyone, so it
+catches what a `touch` would hide.
+
+All this needs a clock that goes forward. A stamp in the future, which a later
+write may well be given again, never counts as old; and a clock that was set back
+while the file was read spoils the proof.
+
+The proof is of the files that were read: `opened` compares the open image with
+the stamp, so a path (or a symbolic link) that names another file for a moment
+is noticed. Every look opens the path, because a network file system promises
+news from other hosts only then.
 
 Writes through a shared memory mapping are stamped late, or not until they are
 synced; sources that are written so need a freeze. Block devices carry no
@@ -14,6 +27,7 @@ stamps at all and are refused.
 
 from __future__ import annotations
 
+import os
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +37,18 @@ from typing import NamedTuple
 from replica.errors import ImageError, SourceBusyError
 
 SETTLED_NS = 20_000_000
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = 4.0
+_SECOND_NS, _CENTISECOND_NS = 1_000_000_000, 10_000_000
 _HINT = "stop what writes to it, or configure `freeze` and `thaw` commands for the machine"
+
+
+def settling_ns(stamp_ns: int) -> int:
+    """How long after `stamp_ns` a write may be given that very stamp, judged by how many digits it has."""
+    if stamp_ns % _SECOND_NS == 0:
+        return 2 * _SECOND_NS + SETTLED_NS
+    if stamp_ns % _CENTISECOND_NS == 0:
+        return _CENTISECOND_NS + SETTLED_NS
+    return SETTLED_NS
 
 
 class Stamp(NamedTuple):
@@ -36,30 +60,37 @@ class Stamp(NamedTuple):
     mtime_ns: int
     ctime_ns: int
 
-    def settled(self, now_ns: int) -> bool:
-        """Both stamps are old enough that any write from now on must change them.
-
-        An mtime in the future was set by hand; a write would still change it.
-        """
-        return now_ns - self.ctime_ns >= SETTLED_NS and not 0 <= now_ns - self.mtime_ns < SETTLED_NS
+    @property
+    def settled_at_ns(self) -> int:
+        """From when on any write must change both stamps."""
+        return max(self.mtime_ns + settling_ns(self.mtime_ns), self.ctime_ns + settling_ns(self.ctime_ns))
 
 
 def take_stamp(path: Path) -> Stamp:
-    """The file's stamp. ImageError if it is not there, SourceBusyError if it has none (block devices)."""
+    """The file's stamp, from a fresh open. ImageError if it is not there, SourceBusyError if a device (no stamps)."""
     try:
-        info = path.stat()
+        _check_kind(path, path.stat().st_mode)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = os.fstat(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise ImageError(
             f"image {path} cannot be read: {error.strerror}", hint="correct the path in the configuration"
         ) from error
-    if stat.S_ISBLK(info.st_mode):
+    _check_kind(path, info.st_mode)
+    return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if stat.S_ISBLK(mode):
         raise SourceBusyError(
             f"{path} is a block device: whether it stands still cannot be shown",
             hint="configure `freeze` and `thaw` commands for the machine",
         )
-    if not stat.S_ISREG(info.st_mode):
+    if not stat.S_ISREG(mode):
         raise ImageError(f"image {path} is neither a file nor a block device")
-    return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 class StandStill:
@@ -70,19 +101,35 @@ class StandStill:
         paths: Mapping[str, Path],
         *,
         clock_ns: Callable[[], int] = time.time_ns,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Wait up to two seconds for stamps to settle; SourceBusyError naming the image if they do not."""
-        deadline_ns = clock_ns() + int(WAIT_SECONDS * 1e9)
+        """Wait up to four seconds for stamps to settle; SourceBusyError naming the image if they do not."""
+        self._clock_ns, self._monotonic_ns = clock_ns, monotonic_ns
+        wait_ns = int(WAIT_SECONDS * 1e9)
+        deadline_ns = clock_ns() + wait_ns
         while True:
+            self._clock_ahead_ns = clock_ns() - monotonic_ns()
             self._stamps = {path: take_stamp(path) for path in paths.values()}
+            self._by_disk = {disk: (path, self._stamps[path]) for disk, path in paths.items()}
             now_ns = clock_ns()
-            unsettled = [path for path, stamp in self._stamps.items() if not stamp.settled(now_ns)]
-            if not unsettled:
+            path, settled_ns = max(((p, s.settled_at_ns) for p, s in self._stamps.items()), key=lambda item: item[1])
+            if settled_ns <= now_ns:
                 return
+            if settled_ns - now_ns > wait_ns:
+                raise SourceBusyError(
+                    f"image {path} has a time stamp that lies in the future: whether it stands still cannot be shown",
+                    hint="correct this host's clock, or `touch` the image",
+                )
             if now_ns >= deadline_ns:
-                raise SourceBusyError(f"image {unsettled[0]} is being written: it was changed just now", hint=_HINT)
-            sleep(SETTLED_NS / 1e9)
+                raise SourceBusyError(f"image {path} is being written: it was changed just now", hint=_HINT)
+            sleep(min(settled_ns - now_ns, SETTLED_NS) / 1e9)
+
+    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+        """Raise SourceBusyError unless the file that was opened for `disk` is the one that was stamped."""
+        path, stamp = self._by_disk[disk]
+        if file_id != stamp[:2]:
+            raise SourceBusyError(f"image {path} was replaced while it was opened: no point was made", hint=_HINT)
 
     def check(self) -> None:
         """Raise SourceBusyError naming the first image that changed since."""
@@ -94,3 +141,10 @@ class StandStill:
             if after != before:
                 what = "vanished or was replaced" if after is None or after[:2] != before[:2] else "was written"
                 raise SourceBusyError(f"image {path} {what} while it was read: no point was made", hint=_HINT)
+        # Asked in this order, a pause between the two readings looks like a step forward, never like one back.
+        monotonic_ns = self._monotonic_ns()
+        if self._clock_ns() - monotonic_ns < self._clock_ahead_ns - SETTLED_NS // 2:
+            raise SourceBusyError(
+                "this host's clock was set back while the images were read: no point was made",
+                hint="the next cycle tries again; let the clock be slewed, not stepped",
+            )

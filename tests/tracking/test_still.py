@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,13 +68,94 @@ def test_one_that_keeps_changing_is_named(image: Path, tmp_path: Path) -> None:
         StandStill({"quiet": quiet, "os": image}, clock_ns=lambda: clock[0], sleep=sleep)
 
 
+MS = 10**6
+
+
 @pytest.mark.parametrize(
-    ("mtime_age", "ctime_age", "settled"),
-    [(20, 20, True), (19, 20, False), (20, 19, False), (1 << 40, 20, True), (-1, 20, True), (20, -1, False)],
+    ("stamp_ns", "wait_ms"),
+    [
+        (1_700_000_000_000_000_000, 2020),
+        (1_700_000_001_000_000_000, 2020),
+        (1_700_000_000_010_000_000, 30),
+        (1_700_000_000_001_000_000, 20),
+        (1_700_000_000_123_456_789, 20),
+    ],
 )
-def test_stamps_settle_after_20_ms(mtime_age: int, ctime_age: int, settled: bool) -> None:
-    now, ms = 10**18, 10**6
-    assert Stamp(1, 2, 3, now - mtime_age * ms, now - ctime_age * ms).settled(now) is settled
+def test_stamps_settle_by_the_digits_they_have(stamp_ns: int, wait_ms: int) -> None:
+    """Whole seconds: ext4 with small inodes, FAT. Both stamps have to settle."""
+    old = 1_600_000_000_123_456_789
+    assert Stamp(1, 2, 3, stamp_ns, old).settled_at_ns == stamp_ns + wait_ms * MS
+    assert Stamp(1, 2, 3, old, stamp_ns).settled_at_ns == stamp_ns + wait_ms * MS
+
+
+def test_a_stamp_in_the_future_proves_nothing(image: Path) -> None:
+    """A clock that is set back gives such a stamp twice."""
+    future = time.time_ns() + 3600 * 10**9
+    os.utime(image, ns=(future, future))
+    with pytest.raises(SourceBusyError, match=r"os\.raw has a time stamp that lies in the future.*touch"):
+        StandStill({"os": image})
+    os.utime(image)
+    with pytest.raises(SourceBusyError, match="future"):
+        StandStill({"os": image}, clock_ns=lambda: time.time_ns() - 3600 * 10**9)
+
+
+def test_a_clock_set_back_while_reading_is_noticed(image: Path) -> None:
+    back_ns = 0
+    proof = StandStill({"os": image}, clock_ns=lambda: time.time_ns() - back_ns)
+    proof.check()
+    back_ns = 50 * MS
+    with pytest.raises(SourceBusyError, match="clock was set back"):
+        proof.check()
+
+
+def test_the_proof_is_of_the_file_that_was_opened(image: Path) -> None:
+    """A link that names another file only while the images are opened."""
+    other = image.with_name("other")
+    other.write_bytes(b"another")
+    link = image.with_name("link")
+    link.symlink_to(image)
+    proof = StandStill({"os": link})
+    info, swapped = image.stat(), other.stat()
+    proof.opened("os", (info.st_dev, info.st_ino))
+    with pytest.raises(SourceBusyError, match="link was replaced while it was opened"):
+        proof.opened("os", (swapped.st_dev, swapped.st_ino))
+    link.unlink()
+    link.symlink_to(other)
+    with pytest.raises(SourceBusyError, match="link vanished or was replaced"):
+        proof.check()
+
+
+@pytest.fixture
+def coarse(tmp_path: Path) -> Iterator[Path]:
+    """A file system that keeps whole seconds: ext4 with inodes of 128 bytes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    medium, place = tmp_path / "medium", tmp_path / "coarse"
+    place.mkdir()
+    with medium.open("wb") as file:
+        file.truncate(16 << 20)
+    for argv in (["mkfs.ext4", "-q", "-I", "128", str(medium)], ["mount", "-o", "loop", str(medium), str(place)]):
+        try:
+            made = subprocess.run(argv, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip(f"{argv[0]} is not installed")
+        if made.returncode:
+            pytest.skip(f"no ext4 can be made and mounted: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_write_within_the_same_second_is_noticed(coarse: Path) -> None:
+    path = coarse / "os.raw"
+    time.sleep(1.02 - time.time() % 1)
+    path.write_bytes(b"A" * 8192)
+    assert path.stat().st_mtime_ns % 10**9 == 0, "the file system is not as coarse as this test wants"
+    proof = StandStill({"os": path})
+    path.write_bytes(b"B" * 8192)
+    with pytest.raises(SourceBusyError, match="was written while"):
+        proof.check()
 
 
 def test_missing_and_odd_sources_are_named(tmp_path: Path) -> None:
