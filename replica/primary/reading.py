@@ -1,7 +1,7 @@
 """Reading a machine at one instant: from images to sealed segments in the spool, and the journal.
 
     freeze -> open the images -> scan (reads ahead) -> rows and payload -> packer -> sealing threads -> shipment
-    thaw, or the proof that all stood still
+    close the images -> thaw, or the proof that all stood still
 
 Memory is bounded whatever the disks' size: three windows, the packer's open
 segment, and a few segments being sealed.
@@ -61,24 +61,22 @@ class Reading:
         roots = []
         with Sealing(self._sealer, self._shipment.put) as sealing:
             packer = Packer(sealing.add)
-            with (
-                freeze(self._fs, self._directory, self._machine.name, paths, self._machine.freezing) as snapshot,
-                ExitStack() as stack,
-            ):
+            with freeze(self._fs, self._directory, self._machine.name, paths, self._machine.freezing) as snapshot:
 
                 def check_all() -> None:
                     check()
                     snapshot.check()
                     self._shipment.check()
 
-                opened = [stack.enter_context(self._open(snapshot, tracker.disk)) for tracker in trackers]
-                if self._progress is not silent:
-                    self._total = sum(stop - start for i in opened for start, stop in i.allocated(0, i.size_bytes))
-                for index, (tracker, image) in enumerate(zip(trackers, opened, strict=True)):
-                    scan = tracker.scan(image, self._journal, index, fresh=fresh[index], check=check_all)
-                    self._read_disk(scan, index, packer, in_base=base.disk(tracker.disk.id) is not None)
-                    roots.append(scan.root)
-                packer.flush()
+                with ExitStack() as stack:  # closed before `finish`: thaw may remove the snapshot that is open here
+                    opened = [stack.enter_context(self._open(snapshot, tracker.disk)) for tracker in trackers]
+                    if self._progress is not silent:
+                        self._total = sum(stop - start for i in opened for start, stop in i.allocated(0, i.size_bytes))
+                    for index, (tracker, image) in enumerate(zip(trackers, opened, strict=True)):
+                        scan = tracker.scan(image, self._journal, index, fresh=fresh[index], check=check_all)
+                        self._read_disk(scan, index, packer, in_base=base.disk(tracker.disk.id) is not None)
+                        roots.append(scan.root)
+                    packer.flush()
                 snapshot.finish()
             sealing.finish()
         return snapshot, roots
@@ -88,12 +86,16 @@ class Reading:
         spec = next(spec for spec in self._machine.disks if spec.name == disk.name)
         path = snapshot.paths[disk.name]
         image = images.open(path, images.format_of(spec.image, spec.format), fs=self._fs)
-        if image.size_bytes != disk.size_bytes:
+        try:
+            snapshot.opened(disk.name, image.file_id)
+            if image.size_bytes != disk.size_bytes:
+                raise SizeChangedError(
+                    f"disk {disk.name!r}: {path} has {image.size_bytes} bytes where {disk.size_bytes} were expected",
+                    hint="it was resized just now, or the snapshot is of another disk",
+                )
+        except BaseException:
             image.close()
-            raise SizeChangedError(
-                f"disk {disk.name!r}: {path} has {image.size_bytes} bytes where {disk.size_bytes} were expected",
-                hint="it was resized just now, or the snapshot is of another disk",
-            )
+            raise
         return image
 
     def _read_disk(self, scan: Scan, index: int, packer: Packer, *, in_base: bool) -> None:

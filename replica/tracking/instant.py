@@ -1,7 +1,9 @@
 """One instant of all of a machine's disks: freeze, read, thaw; or a source that stood still.
 
     with freeze(fs, directory, machine, sources, spec) as snapshot:
-        ...                              # read every snapshot.paths[disk]; now and then snapshot.check()
+        ...                              # open every snapshot.paths[disk], tell snapshot.opened
+        ...                              # read them all; now and then snapshot.check()
+        ...                              # close them: thaw may remove what is read
         snapshot.finish()                # all is read: thaw, or prove that nothing moved
 
 Only when `finish` returned was what was read one instant. Left without it, the
@@ -10,8 +12,10 @@ block thaws and whatever was read is worth nothing.
 **With commands**, both run by the watchdog (see there), in this order: the mark
 `frozen` is made durable, `freeze` runs, the disks are read, `thaw` runs, the mark
 goes. The watchdog thaws when the sender dies or `limit_seconds` passed since
-`freeze` started; a point that was still being read then is refused. A machine
-that is marked is thawed before anything else is done with it (`thaw_marked`).
+`freeze` started; a point that was still being read then is refused. When the
+watchdog itself was killed, a second one thaws at once and the point is refused.
+A machine that is marked is thawed before anything else is done with it
+(`thaw_marked`).
 
 The commands find in their environment: REPLICA_MACHINE; REPLICA_DISKS, the
 number of disks; REPLICA_DISK_<n>_NAME and REPLICA_DISK_<n>_IMAGE with n from 0.
@@ -37,9 +41,9 @@ import msgspec
 
 from replica import documents
 from replica.durable import FileSystem
-from replica.errors import FormatError, FreezeError
+from replica.errors import ConfigError, FormatError, FreezeError
 from replica.model import Consistency
-from replica.tracking.guard import THAW_LIMIT_SECONDS, Guard
+from replica.tracking.guard import THAW_AGAIN_SECONDS, THAW_LIMIT_SECONDS, Answer, Guard
 from replica.tracking.still import StandStill
 
 if TYPE_CHECKING:
@@ -52,12 +56,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FreezeSpec:
-    """How a machine's instant is made. Without `freeze`, its images must stand still."""
+    """How a machine's instant is made. Without `freeze`, its images must stand still.
+
+    ConfigError for a command that no system can run: an empty one, or one with a NUL in it.
+    """
 
     freeze: Command | None = None
     thaw: Command | None = None
     limit_seconds: float = 30.0
     consistency: Consistency = Consistency.CRASH
+
+    def __post_init__(self) -> None:
+        for name, command in (("freeze", self.freeze), ("thaw", self.thaw)):
+            if command is None:
+                continue
+            if not command or not command[0].strip() or (isinstance(command, str) and not command.strip()):
+                raise ConfigError(f"`{name}` is an empty command", hint="name a command, or leave both out")
+            if any("\0" in part for part in _argv(command)):
+                raise ConfigError(f"`{name}` has a NUL character in it, which no command can have", hint="remove it")
 
 
 class FrozenMark(msgspec.Struct, frozen=True):
@@ -87,6 +103,10 @@ class Snapshot(Protocol):
 
     def dirty(self, disk: str) -> DirtyBitmap | None:
         """Which grains may have changed since the last committed point; None: unknown, hash all."""
+        ...
+
+    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+        """The disk's image was opened, and is this device and inode. SourceBusyError: it is not what was frozen."""
         ...
 
     def check(self) -> None:
@@ -131,16 +151,30 @@ def thaw_marked(fs: FileSystem, directory: Path, spec: FreezeSpec) -> bool:
             f"machine {mark.machine!r} may still be frozen and no `thaw` command is known",
             hint=f"thaw it by hand, then remove {path}",
         )
-    guard = Guard(path, [], argv, spec.limit_seconds, mark.environment)
-    guard.request_thaw()
-    answer = guard.ask(spec.limit_seconds + 2 * THAW_LIMIT_SECONDS)
-    guard.end()
+    answer = _thaw_only(path, argv, spec.limit_seconds, mark.environment)
     if not answer.thawed:
         raise FreezeError(
             f"machine {mark.machine!r} is still frozen, thawing it failed: {answer.failure}",
             hint="correct its `thaw` command or thaw it by hand; every cycle tries again",
         )
     return True
+
+
+def _thaw_only(
+    mark: Path,
+    thaw: list[str],
+    limit_seconds: float,
+    environment: dict[str, str],
+    *,
+    again_seconds: tuple[float, ...] = (),
+) -> Answer:
+    """A watchdog that thaws now, once no other one is at it. FreezeError if it cannot be started."""
+    guard = Guard()
+    guard.order(mark, [], thaw, limit_seconds, environment, again_seconds=again_seconds)
+    guard.request_thaw()
+    answer = guard.ask("thawed", limit_seconds + 2 * THAW_LIMIT_SECONDS)
+    guard.end()
+    return answer
 
 
 class _StillSnapshot:
@@ -155,6 +189,9 @@ class _StillSnapshot:
 
     def dirty(self, disk: str) -> DirtyBitmap | None:
         return None
+
+    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+        self._proof.opened(disk, file_id)
 
     def check(self) -> None:
         """Nothing can be said before the end."""
@@ -178,13 +215,22 @@ class _FrozenSnapshot:
         assert spec.freeze is not None
         self._machine, self._limit_seconds = machine, spec.limit_seconds
         self.consistency = spec.consistency
-        environment = environment_of(machine, images)
-        thaw = _argv(spec.thaw)
-        documents.save(fs, directory / _MARK, FrozenMark(machine, time.time_ns(), thaw, environment), private=True)
-        self._deadline = time.monotonic() + spec.limit_seconds
-        self._guard: Guard | None = Guard(directory / _MARK, _argv(spec.freeze), thaw, spec.limit_seconds, environment)
+        self._mark, self._thaw, self._environment = directory / _MARK, _argv(spec.thaw), environment_of(machine, images)
+        guard = Guard()
         try:
-            answer = self._guard.ask(spec.limit_seconds + THAW_LIMIT_SECONDS)
+            mark = FrozenMark(machine, time.time_ns(), self._thaw, self._environment)
+            documents.save(fs, self._mark, mark, private=True)
+        except BaseException:
+            guard.end()
+            raise
+        self._deadline = time.monotonic() + spec.limit_seconds
+        self._guard: Guard | None = guard
+        try:
+            argv = _argv(spec.freeze)
+            guard.order(
+                self._mark, argv, self._thaw, spec.limit_seconds, self._environment, again_seconds=THAW_AGAIN_SECONDS
+            )
+            answer = guard.ask("frozen", spec.limit_seconds + THAW_LIMIT_SECONDS)
             if not answer.frozen:
                 raise FreezeError(f"freezing machine {machine!r} failed: {answer.failure}")
             self.paths = snapshot_paths(images, answer.output)
@@ -196,9 +242,14 @@ class _FrozenSnapshot:
     def dirty(self, disk: str) -> DirtyBitmap | None:
         return None
 
+    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+        """Whatever `freeze` named is what counts."""
+
     def check(self) -> None:
         if time.monotonic() > self._deadline:
             raise self._too_long()
+        if self._guard is not None and not self._guard.alive():
+            raise FreezeError(f"the watchdog process of machine {self._machine!r} was killed: no point can be made")
 
     def finish(self) -> None:
         if self._release() != "request":
@@ -210,16 +261,38 @@ class _FrozenSnapshot:
             return "earlier"
         guard, self._guard = self._guard, None
         guard.request_thaw()
-        answer = guard.ask(2 * THAW_LIMIT_SECONDS)
+        answer = guard.ask("thawed", 2 * THAW_LIMIT_SECONDS)
+        gone = not answer.thawed and not guard.alive()
         guard.end()
+        if gone and not answer.about:
+            return self._second_guard()
         if not answer.thawed:
-            error = FreezeError(
-                f"thawing machine {self._machine!r} failed: {answer.failure}",
-                hint="it may be frozen: thaw it by hand; every cycle tries again before it does anything else",
-            )
-            _log.critical("%s", error)
-            raise error
+            raise self._not_thawed(answer)
         return answer.cause
+
+    def _second_guard(self) -> str:
+        """The watchdog was killed (by a host without memory, say), so nobody else will thaw: do it, and refuse."""
+        try:
+            answer = _thaw_only(
+                self._mark, self._thaw, self._limit_seconds, self._environment, again_seconds=THAW_AGAIN_SECONDS
+            )
+        except FreezeError as error:
+            answer = Answer(failure=error.message)
+        if not answer.thawed:
+            raise self._not_thawed(answer)
+        raise FreezeError(
+            f"the watchdog process of machine {self._machine!r} was killed: "
+            "the machine was thawed by a second one and no point was made",
+            hint="look for what killed it (the host's memory?); the next cycle tries again",
+        )
+
+    def _not_thawed(self, answer: Answer) -> FreezeError:
+        error = FreezeError(
+            f"thawing machine {self._machine!r} failed: {answer.failure}",
+            hint="it may be frozen: thaw it by hand; every cycle tries again before it does anything else",
+        )
+        _log.critical("%s", error)
+        return error
 
     def _too_long(self) -> FreezeError:
         return FreezeError(
@@ -260,6 +333,11 @@ def snapshot_paths(images: Mapping[str, Path], output: str) -> dict[str, Path]:
             )
         paths[name] = Path(path)
     return paths
+
+
+def marked(fs: FileSystem, directory: Path) -> bool:
+    """Whether the machine of that state directory may be frozen."""
+    return fs.exists(directory / _MARK)
 
 
 def _argv(command: Command | None) -> list[str]:

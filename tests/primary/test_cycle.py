@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from primary_lab import Lab, Link, MiB
 
+from replica import images
 from replica.delta import Keyring, decode_header
 from replica.errors import (
     BusyError,
@@ -581,3 +583,28 @@ def test_a_stopped_replica_is_asked_to_recover(lab: Lab) -> None:
     link = lab.link()
     assert lab.sync(link).point == 2
     assert "adopt" in link.calls
+
+
+def test_thaw_finds_no_image_open(lab: Lab) -> None:
+    """It may remove the snapshot that was read: an open file would keep a mount or volume busy."""
+    snap = lab.root / "snap.raw"
+    look = f"! ls -l /proc/{os.getpid()}/fd | grep -q {snap}"
+    machine = lab.freezing(f"cp {lab.images['os']} {snap}; echo os={snap}", look)
+    lab.scribble("os", 0, 4096)
+    assert lab.sync(machine=machine).point == 1
+    lab.assert_equal()
+
+
+def test_an_image_swapped_while_it_is_opened_makes_no_point(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stamped is not what was opened, and the path names the stamped file again at the end."""
+    other = lab.root / "other.raw"
+    other.write_bytes(bytes(lab.images["os"].stat().st_size))
+    real = images.open
+
+    def swapped(path: Path, *arguments: Any, **options: Any) -> Any:
+        return real(other if path == lab.images["os"] else path, *arguments, **options)
+
+    monkeypatch.setattr(images, "open", swapped)
+    lab.scribble("os", 0, 4096)
+    with pytest.raises(SourceBusyError, match="replaced while it was opened"):
+        lab.sync()

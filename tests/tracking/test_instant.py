@@ -14,12 +14,17 @@ from pathlib import Path
 import pytest
 
 from replica.durable import FileSystem
-from replica.errors import FreezeError, SourceBusyError
+from replica.errors import ConfigError, FreezeError, SourceBusyError, StorageError
 from replica.model import Consistency
-from replica.tracking import guard
+from replica.tracking import guard, instant
 from replica.tracking.instant import FreezeSpec, environment_of, freeze, snapshot_paths, thaw_marked
 
 FS = FileSystem()
+
+
+@pytest.fixture(autouse=True)
+def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instant, "THAW_AGAIN_SECONDS", ())
 
 
 @pytest.fixture
@@ -233,18 +238,120 @@ def test_the_next_sender_waits_for_a_thaw_that_is_under_way(
     assert commands.said == ["freeze", "thaw", "done", "again"]
 
 
-def test_a_killed_watchdog_is_noticed(image: Path, state: Path, commands: Commands) -> None:
-    """Then nobody can say that the machine stayed frozen, and the mark stays for the next start."""
+def kill_watchdog(snapshot: instant.Snapshot) -> None:
+    process = snapshot._guard._process  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_killed_watchdog_is_noticed_and_another_thaws(image: Path, state: Path, commands: Commands) -> None:
+    """Then nobody can say that the machine stayed frozen, and nobody else would thaw it."""
     spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
     with (
-        pytest.raises(FreezeError, match=r"ended without an answer"),
+        pytest.raises(FreezeError, match=r"was killed: the machine was thawed by a second one"),
         freeze(FS, state, "web-1", {"os": image}, spec) as snapshot,
     ):
-        os.kill(snapshot._guard._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        kill_watchdog(snapshot)
         snapshot.finish()
-    assert (state / "frozen").exists()
-    assert thaw_marked(FS, state, spec)
     assert commands.said == ["freeze", "thaw"]
+    assert not (state / "frozen").exists()
+
+
+def test_a_killed_watchdog_ends_the_reading_at_once(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
+    with pytest.raises(FreezeError), freeze(FS, state, "web-1", {"os": image}, spec) as snapshot:
+        snapshot.check()
+        kill_watchdog(snapshot)
+        with pytest.raises(FreezeError, match="was killed"):
+            snapshot.check()
+        snapshot.finish()
+    assert commands.said == ["freeze", "thaw"]
+
+
+def test_a_second_guard_that_cannot_thaw_leaves_the_mark(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw", then=f"test -e {state}/ready"))
+    with (
+        pytest.raises(FreezeError, match=r"thawing machine 'web-1' failed"),
+        freeze(FS, state, "web-1", {"os": image}, spec) as snapshot,
+    ):
+        kill_watchdog(snapshot)
+        snapshot.finish()
+    (state / "ready").touch()
+    assert thaw_marked(FS, state, spec)
+
+
+def test_a_thaw_that_was_killed_is_tried_again(
+    image: Path, state: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a service manager does that signals every process of the unit."""
+    monkeypatch.setattr(instant, "THAW_AGAIN_SECONDS", (0.01, 0.02))
+    once = f"test -e {state}/again || {{ touch {state}/again; kill -TERM $$; }}"
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec("true", commands.say("thaw", then=once))) as snapshot:
+        snapshot.finish()
+    assert commands.said == ["thaw", "thaw"]
+    assert not (state / "frozen").exists()
+    with pytest.raises(FreezeError, match="status 1"):
+        freeze(FS, state, "web-1", {"os": image}, FreezeSpec("false", commands.say("no", then="false")))
+    assert commands.said == ["thaw", "thaw", "no", "no", "no"], "bounded"
+
+
+def test_the_limit_thaws_though_the_sender_does_not_read(image: Path, state: Path, commands: Commands) -> None:
+    guarding = guard.Guard()
+    spam = commands.say("freeze", then="head -c 500000 /dev/zero | tr '\\0' x")
+    (state / "frozen").touch()
+    guarding.order(state / "frozen", ["sh", "-c", spam], ["sh", "-c", commands.say("thaw")], 1.0, {})
+    commands.wait_for("freeze", "thaw")
+    assert len(guarding.ask("frozen", 5).output) == 500000, "the rest is told when it is asked for"
+    assert guarding.ask("thawed", 5).cause == "limit"
+    guarding.end()
+
+
+def test_output_without_end_is_kept_in_bounded_form(image: Path, state: Path, commands: Commands) -> None:
+    spec = FreezeSpec("echo os=/snap; yes x & exec yes error >&2", commands.say("thaw"), 1.0)
+    shared_kib = shmem_kib()
+    with pytest.raises(FreezeError, match=r"was killed: (r?o?r? ?)(error ?)+") as caught:
+        freeze(FS, state, "web-1", {"os": image}, spec)
+    assert len(str(caught.value)) < 3000
+    assert shmem_kib() - shared_kib < 64 << 10
+    assert commands.said == ["thaw"]
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec("yes & echo $! > /dev/null; sleep 0.2; kill $!", "true")):
+        pass
+
+
+def shmem_kib() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Shmem:"))
+
+
+def test_output_of_a_daemon_left_behind_goes_on(image: Path, state: Path, commands: Commands) -> None:
+    """A server of snapshots that logs must not die of a pipe that nobody reads."""
+    daemon = f"{{ sleep 0.2; head -c 300000 /dev/zero && echo lives >> {commands.log}; }} &"
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(f"{daemon} echo os=/snap", "true")) as snapshot:
+        assert snapshot.paths == {"os": Path("/snap")}
+        commands.wait_for("lives")
+
+
+@pytest.mark.parametrize("command", [[], "", " ", [""], "echo \0", ["echo", "a\0b"]])
+def test_commands_that_nothing_can_run_are_refused(command: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match="`freeze`"):
+        FreezeSpec(command, "true")
+    with pytest.raises(ConfigError, match="`thaw`"):
+        FreezeSpec("true", command)
+
+
+def test_no_mark_where_nothing_can_be_frozen(
+    image: Path, state: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = FreezeSpec(commands.say("freeze"), commands.say("thaw"))
+    for program in ("/none/such", "/bin/false"):
+        monkeypatch.setattr(guard.sys, "executable", program)
+        with pytest.raises(FreezeError, match="watchdog process.*cannot be started.*nothing was frozen"):
+            freeze(FS, state, "web-1", {"os": image}, spec)
+    monkeypatch.undo()
+    with pytest.raises(StorageError):
+        freeze(FS, state / "none", "web-1", {"os": image}, spec)
+    assert commands.said == []
+    assert list(state.iterdir()) == []
 
 
 def test_signals_do_not_end_the_watchdog(image: Path, state: Path, commands: Commands) -> None:
