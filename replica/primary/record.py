@@ -29,6 +29,7 @@ from replica.durable import FileSystem
 from replica.errors import DamageError, FormatError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
 from replica.tracking.fold import fold
+from replica.tracking.instant import marked
 from replica.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class MachineDirectory:
         try:
             return documents.load(self._fs, path, MachineRecord)
         except FormatError as error:
+            if marked(self._fs, self.path):
+                hint = f"it may be frozen, thaw it first (`replica sync` does); only then move {self.path} away"
+                raise FormatError(error.message, hint=hint) from error
             hint = f"move {self.path} away; the next sync finds the replica again and reads every disk anew"
             raise FormatError(error.message, hint=hint) from error
 

@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from replica.durable import FileSystem
-from replica.errors import ReplicaError, StorageError
+from replica.errors import BusyError, ConfigError, ReplicaError, StorageError
 from replica.model import rfc3339
 from replica.primary.cycle import RETRY_SECONDS, SyncResult, sync_machine
 from replica.primary.record import MachineDirectory
@@ -29,7 +29,7 @@ from replica.primary.schedule import Schedule
 from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import note_due
 from replica.progress import Progress, silent
-from replica.tracking.instant import thaw_marked
+from replica.tracking.instant import FreezeSpec, marked, thaw_marked
 from replica.transport.api import Receiver
 from replica.transport.client import HttpReceiver
 
@@ -60,9 +60,9 @@ def sync_machines(
 ) -> list[Outcome]:
     """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised."""
     chosen = spec.machines if machines is None else machines
+    thaw_all(fs, spec, chosen)
     if not chosen:
         return []
-    thaw_all(fs, spec, chosen)
     with ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool:
         return list(pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop), chosen))
 
@@ -96,17 +96,31 @@ def one_cycle(
 def thaw_all(fs: FileSystem, spec: SenderSpec, machines: tuple[MachineSpec, ...]) -> None:
     """Thaw every machine that an earlier process may have left frozen, before any cycle takes its time.
 
-    One that cannot be thawed is logged; its own cycle fails with the same error.
+    What counts is the mark in the state directory: a machine that is not in the configuration any more is thawed by
+    the command in its mark. One that cannot be thawed is logged; the cycle of one of `machines` fails with the same
+    error. One that is not of `machines` may be at work in another process, which is no error.
     """
-    for machine in machines:
-        directory = MachineDirectory(fs, spec.machine_directory(machine.name))
-        if not fs.exists(directory.path):
+    chosen = {machine.name for machine in machines}
+    configured = {machine.name: machine for machine in spec.machines + machines}
+    for name in fs.list_names(spec.state):
+        directory = MachineDirectory(fs, spec.state / name)
+        if not marked(fs, directory.path):
             continue
         try:
-            with directory.locked(machine.name):
-                thaw_marked(fs, directory.path, machine.freezing)
+            with directory.locked(name):
+                thaw_marked(fs, directory.path, _freezing(configured.get(name)))
+        except BusyError as error:
+            _log.log(logging.ERROR if name in chosen else logging.DEBUG, "machine %r: %s", name, error)
         except ReplicaError as error:
-            _log.error("machine %r: %s", machine.name, error)
+            _log.error("machine %r: %s", name, error)
+
+
+def _freezing(machine: MachineSpec | None) -> FreezeSpec:
+    """How to thaw it; without the configuration, or with one that is wrong, the mark says how."""
+    try:
+        return FreezeSpec() if machine is None else machine.freezing
+    except ConfigError:
+        return FreezeSpec()
 
 
 @dataclass
@@ -129,9 +143,9 @@ def run(
     """Cycles of every machine on schedule, until `stop` is set. Returns when all that was at work has ended."""
     fs = fs or FileSystem()
     jobs = [_Job(machine, Schedule.starting(machine.every_seconds, clock())) for machine in spec.machines]
+    thaw_all(fs, spec, spec.machines)
     if not jobs:
         return
-    thaw_all(fs, spec, spec.machines)
     with ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool:
         while not stop.is_set():
             for job in jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -160,3 +161,25 @@ def test_marked_machines_are_thawed_before_any_cycle(lab: Lab, many: SenderSpec)
 
     outcomes = sync_machines(lab.fs, spec, connect=connect)
     assert all(outcome.result for outcome in outcomes)
+
+
+@pytest.mark.parametrize("left", ["removed", "wrong", "not chosen"])
+def test_a_marked_machine_is_thawed_whatever_became_of_its_configuration(lab: Lab, many: SenderSpec, left: str) -> None:
+    """By the command in its mark, if the configuration has none that can run."""
+    frozen = replace(many.machines[3], freeze="true", thaw=f"test -e {lab.root}/fixed")
+    assert sync_machines(lab.fs, many, (frozen,), connect=connecting(lab, []))[0].error is not None
+    (lab.root / "fixed").touch()
+    others = {"removed": (), "wrong": (replace(frozen, freeze="a\0", thaw="b\0"),), "not chosen": (frozen,)}[left]
+    sync_machines(lab.fs, replace(many, machines=others), (), connect=connecting(lab, []))
+    assert not (many.machine_directory("c") / "frozen").exists()
+
+
+def test_moving_a_state_away_is_not_advised_while_it_holds_a_mark(lab: Lab, many: SenderSpec) -> None:
+    path = many.machine_directory("a")
+    path.mkdir(parents=True)
+    (path / "machine.json").write_bytes(b"rot")
+    for name, advice in (("", "^move"), ("frozen", "thaw it first")):
+        if name:
+            (path / name).touch()
+        error = machine_status(lab.fs, many, many.machines[0]).last_error
+        assert error is not None and re.search(advice, error.hint)
