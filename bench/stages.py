@@ -30,6 +30,7 @@ class ScanBench:
         self._disk = Disk(DiskId(random_id()), "os", image.stat().st_size)
         self._replica = ReplicaId(random_id())
         self._epoch = Epoch(1, random_id())
+        self.head: State | None = None
 
     def cold(self) -> None:
         """With nothing known: every grain is new."""
@@ -39,7 +40,7 @@ class ScanBench:
     def scan(self) -> bytes:
         """One pass; what it finds goes to a journal that is thrown away."""
         FS.make_directory(self._directory)
-        tracker = HashTracker(FS, self._directory, self._disk)
+        tracker = HashTracker(FS, self._directory, self._disk, self.head)
         with images.open(self._image, "raw", fs=FS) as image, JournalWriter(FS, self._directory) as journal:
             scan = tracker.scan(image, journal, 0, fresh=not tracker.known)
             for _ in scan:
@@ -48,7 +49,7 @@ class ScanBench:
 
     def remember(self) -> None:
         """Scan and fold: from here on the image is known."""
-        tracker = HashTracker(FS, self._directory, self._disk)
+        tracker = HashTracker(FS, self._directory, self._disk, None)
         with images.open(self._image, "raw", fs=FS) as image, JournalWriter(FS, self._directory) as journal:
             scan = tracker.scan(image, journal, 0, fresh=True)
             for _ in scan:
@@ -61,6 +62,7 @@ class ScanBench:
             pending.accept()
             fold(FS, self._directory, pending)
             pending.remove()
+        self.head = state
 
 
 @dataclass
@@ -141,7 +143,7 @@ class ApplyBench:
         base_grains = self._disk.count_grains if self._head.disks else 0
         directory = self._directory / "tracker"
         FS.make_directory(directory)
-        tracker = HashTracker(FS, directory, self._disk)
+        tracker = HashTracker(FS, directory, self._disk, self._scan.head)
         with images.open(self._image, "raw", fs=FS) as image, JournalWriter(FS, directory) as journal:
             scan = tracker.scan(image, journal, 0, fresh=not tracker.known)
             for piece in scan:

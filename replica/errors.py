@@ -147,6 +147,10 @@ class RootMismatchError(DamageError):
     code, exit_code, status, retryable = "root-mismatch", 11, 409, True
 
 
+class TrackerDamageError(DamageError):
+    """What a sender remembers of a disk does not fit together; reading the disk anew heals it."""
+
+
 class KeyMissingError(DamageError):
     """The data key that sealed a file is not in the key directory, or is another one."""
 

@@ -17,9 +17,17 @@ the top; the first row that fits is the answer:
     replica still holds `pending` without applying it        Cancel, then look again: only now it is definite
     `pending` and another head                               DiscardPending
     the machine's disks are not those of the head            SizeChangedError, ConflictError
+    the sender knows a head, and the replica's is another    Readopt, then look again
     replica's head is empty                                  Ship INITIAL
     replica's head is the sender's, trackers trusted         Ship INCREMENTAL
     any other head                                           Ship RESYNC
+
+A head that moved without the sender, in the sender's own epoch: either its
+state directory was copied and the copy is at work, or one of the two sides was
+put back to an earlier time. Nobody can tell which from here, and two copies
+that go on as if nothing had happened overwrite each other's points for ever. So
+the sender becomes another writer first: the epoch grows, and a copy, if there
+is one, is fenced. Where there is none, that costs what had to be done anyway.
 
 A delta always starts from the replica's head as the replica names it; the
 number of its point is the head's plus one.
@@ -77,6 +85,13 @@ class DiscardPending(Frozen, frozen=True):
     delta_id: DeltaId
 
 
+class Readopt(Frozen, frozen=True):
+    """The replica's head moved without this sender: adopt it under a new holder before anything is shipped."""
+
+    expected: State
+    found: State
+
+
 class Mode(StrEnum):
     """How a delta comes about."""
 
@@ -96,20 +111,23 @@ class Ship(Frozen, frozen=True):
         return self.base.point + 1
 
 
-Step = Wait | Cancel | Fold | DiscardPending | Ship
+Step = Wait | Cancel | Fold | DiscardPending | Readopt | Ship
 
 
 def next_step(primary: PrimaryView, replica: ReplicaView) -> Step:
     """The table above. Raises FencedError, ConflictError or SizeChangedError: a decision for somebody else."""
-    check_epoch(primary, replica)
+    check_epoch(primary.machine, primary.epoch, replica.epoch)
     if replica.applying is not None:
         return Wait(replica.applying)
     if primary.pending is not None:
         return _settle(primary.pending, replica)
+    if not replica.head.is_empty:
+        check_disks(primary.machine, primary.disks, replica.head)
+    if primary.head is not None and primary.head != replica.head:
+        return Readopt(primary.head, replica.head)
     if replica.head.is_empty:
         return Ship(Mode.INITIAL, replica.head)
-    check_disks(primary.machine, primary.disks, replica.head)
-    if primary.trusted and primary.head == replica.head:
+    if primary.trusted and primary.head is not None:
         return Ship(Mode.INCREMENTAL, replica.head)
     return Ship(Mode.RESYNC, replica.head)
 
@@ -123,20 +141,21 @@ def _settle(pending: State, replica: ReplicaView) -> Step:
     return DiscardPending(pending.delta_id)
 
 
-def check_epoch(primary: PrimaryView, replica: ReplicaView) -> None:
-    """Raise unless the replica takes deltas of exactly the sender's epoch."""
-    if replica.epoch == primary.epoch:
+def check_epoch(machine: str, own: Epoch, replica: Epoch) -> None:
+    """Raise unless the replica takes deltas of exactly the sender's own epoch."""
+    if replica == own:
         return
-    if replica.epoch.counter < primary.epoch.counter:
+    if replica.counter < own.counter:
         raise ConflictError(
-            f"the replica of machine {primary.machine!r} is at epoch {replica.epoch.counter}, "
-            f"older than this primary's {primary.epoch.counter}",
+            f"the replica of machine {machine!r} is at epoch {replica.counter}, "
+            f"older than this primary's {own.counter}",
             hint="its storage was put back to an earlier time: move this machine's state directory away to adopt it",
         )
     raise FencedError(
-        f"machine {primary.machine!r}: another primary took the replica over "
-        f"(epoch {replica.epoch.counter}, this one's is {primary.epoch.counter})",
-        hint="if this is the one to go on, stop the other and move this machine's state directory away to adopt it",
+        f"machine {machine!r}: another primary took the replica over "
+        f"(epoch {replica.counter}, this one's is {own.counter})",
+        hint="it may be a copy of this host with its state directory; if this is the one to go on, stop the other "
+        "and move this machine's state directory away to adopt it",
     )
 
 
@@ -146,6 +165,14 @@ def check_disks(machine: str, disks: tuple[Disk, ...], head: State) -> None:
     for disk in disks:
         other = held.pop(disk.id, None)
         if other is None:
+            known = {disk.id for disk in disks}
+            left = [s.disk for s in head.disks if s.disk.id not in known and s.disk.size_bytes == disk.size_bytes]
+            if left and len(disks) == len(head.disks):
+                names = " or ".join(repr(former.name) for former in left)
+                raise ConflictError(
+                    f"machine {machine!r} has a disk {disk.name!r} that its replica does not have",
+                    hint=f"was it renamed? it is {names} at the replica: give it back that name",
+                )
             raise ConflictError(
                 f"machine {machine!r} has a disk {disk.name!r} that its replica does not have",
                 hint="adding a disk is not supported yet; replicate it as a machine of its own",

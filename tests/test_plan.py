@@ -16,6 +16,7 @@ from replica.plan import (
     Fold,
     Mode,
     PrimaryView,
+    Readopt,
     ReplicaView,
     Ship,
     Step,
@@ -58,6 +59,9 @@ def expected(primary: PrimaryView, replica: ReplicaView) -> Step | type[ReplicaE
         if replica.head == pending:
             return Fold(pending)
         return Cancel(pending.delta_id) if replica.receiving == pending.delta_id else DiscardPending(pending.delta_id)
+    if primary.head not in (None, replica.head):
+        assert primary.head is not None
+        return Readopt(primary.head, replica.head)
     if replica.head.is_empty:
         return Ship(Mode.INITIAL, EMPTY)
     same = primary.head == replica.head and primary.trusted
@@ -77,7 +81,7 @@ def test_every_combination() -> None:
         found = decide(primary, replica)
         assert found == expected(primary, replica), (primary, replica)
         seen.add(found.mode if isinstance(found, Ship) else found if isinstance(found, type) else type(found))
-    assert seen == {FencedError, ConflictError, Wait, Cancel, Fold, DiscardPending, *Mode}
+    assert seen == {FencedError, ConflictError, Wait, Cancel, Fold, DiscardPending, Readopt, *Mode}
 
 
 def test_every_decision_but_shipping_leads_on() -> None:
@@ -94,12 +98,31 @@ def test_every_decision_but_shipping_leads_on() -> None:
 def test_same_delta_with_other_roots_is_never_folded() -> None:
     primary = msgspec.structs.replace(PRIMARY, pending=PENDING)
     assert next_step(primary, ReplicaView(EPOCH, state(5, root=1))) == DiscardPending(PENDING.delta_id)
-    assert next_step(PRIMARY, ReplicaView(EPOCH, state(4, root=1))) == Ship(Mode.RESYNC, state(4, root=1))
+    assert next_step(PRIMARY, ReplicaView(EPOCH, state(4, root=1))) == Readopt(HEAD, state(4, root=1))
 
 
 def test_first_copy_may_have_any_disks() -> None:
     primary = PrimaryView("web-1", EPOCH, DISKS[:1], None)
     assert next_step(primary, ReplicaView(EPOCH, EMPTY)) == Ship(Mode.INITIAL, EMPTY)
+
+
+def test_a_head_that_moved_alone_is_adopted_before_anything_is_shipped() -> None:
+    """A copied state directory, and either side put back to an earlier time, look the same from here."""
+    for head in (OLD, FOREIGN, EMPTY):
+        for trusted in (True, False):
+            primary = msgspec.structs.replace(PRIMARY, trusted=trusted)
+            assert next_step(primary, ReplicaView(EPOCH, head)) == Readopt(HEAD, head)
+    adopted = msgspec.structs.replace(PRIMARY, head=FOREIGN, trusted=False)
+    assert next_step(adopted, ReplicaView(EPOCH, FOREIGN)) == Ship(Mode.RESYNC, FOREIGN)
+
+
+def test_a_renamed_disk_is_asked_about() -> None:
+    renamed = (DISKS[0], Disk(DiskId(UUID(int=12)), "d2", 1 << 30))
+    with pytest.raises(ConflictError, match=r"'d2'.*was it renamed\? it is 'data' at the replica"):
+        next_step(msgspec.structs.replace(PRIMARY, disks=renamed), REPLICA)
+    other = (DISKS[0], Disk(DiskId(UUID(int=12)), "d2", 1 << 29))
+    with pytest.raises(ConflictError, match="adding a disk"):
+        next_step(msgspec.structs.replace(PRIMARY, disks=other), REPLICA)
 
 
 @pytest.mark.parametrize("head", [HEAD, FOREIGN], ids=["incremental", "resync"])

@@ -7,8 +7,10 @@
     journal unlinked
 
 Every write sets a value that the journal names, so folding again after a crash
-at any point ends in the same files; the roots are compared at the end. Until
-`folding` is gone nobody compares with these files.
+at any point ends in the same files; the roots are compared at the end. The
+digests say themselves whose they are: before the first of them changes they
+become nobody's, durably, and the result's only when all the rest is durable. As
+long as they still are the base's, every window is checked before it is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import numpy as np
 from replica.durable import File, FileSystem
 from replica.errors import DamageError
 from replica.merkle import FileNodes, MerkleTree
-from replica.model import DiskState
+from replica.model import EMPTY_DELTA_ID, DeltaId, DiskState
+from replica.tracking.digests import WindowHashes, damaged, file_bytes, read_id, write_id
 from replica.tracking.hash import consecutive, disk_directory
 from replica.tracking.journal import Journal, JournalRecord, grains_per_window
 
@@ -34,7 +37,9 @@ def fold(fs: FileSystem, machine_directory: Path, journal: Journal) -> None:
     summary, records = journal.summary, journal.records()
     record = next(records, None)
     for index, state in enumerate(summary.result.disks):
-        with _Target(fs, disk_directory(machine_directory, state.disk), state, fresh=summary.fresh[index]) as target:
+        base = None if summary.fresh[index] else summary.base
+        directory = disk_directory(machine_directory, state.disk)
+        with _Target(fs, directory, state, base, summary.result.delta_id) as target:
             while record is not None and record.disk == index:
                 target.put(record)
                 record = next(records, None)
@@ -42,15 +47,35 @@ def fold(fs: FileSystem, machine_directory: Path, journal: Journal) -> None:
 
 
 class _Target:
-    """The trackers of one disk, being changed."""
+    """The trackers of one disk, being changed from `base` (None: from nothing) to `result`."""
 
-    def __init__(self, fs: FileSystem, directory: Path, state: DiskState, *, fresh: bool) -> None:
-        self._fs, self._directory, self._state = fs, directory, state
+    def __init__(
+        self, fs: FileSystem, directory: Path, state: DiskState, base: DeltaId | None, result: DeltaId
+    ) -> None:
+        self._fs, self._directory, self._state, self._result = fs, directory, state, result
         self._window = grains_per_window(state.disk)
-        self._digests = self._open("digests", fresh)
-        self._leaves = self._open("leaves", fresh)
-        self._digests.truncate(state.disk.count_grains * 8)
+        self._digests = self._open("digests", base is None)
+        try:
+            self._begin(base, result)
+            self._leaves = self._open("leaves", base is None)
+        except BaseException:
+            self._digests.close()
+            raise
         self._update = MerkleTree(FileNodes(self._leaves), state.disk.leaf_bytes).update(write=True)
+
+    def _begin(self, base: DeltaId | None, result: DeltaId) -> None:
+        """From here on the digests are nobody's, durably. Raises TrackerDamageError if they never were `base`'s."""
+        disk, self._from_base = self._state.disk, False
+        if base is None:
+            self._digests.truncate(file_bytes(disk))
+        else:
+            found = read_id(self._digests, disk)
+            if self._digests.size() != file_bytes(disk) or not (_is_between(base, found) or _is_between(result, found)):
+                raise damaged(disk, self._digests, "the digests are those of another state")
+            self._from_base = found == base
+            write_id(self._digests, disk, EMPTY_DELTA_ID)
+        self._digests.sync()
+        self._hashes = WindowHashes(self._digests, disk)
 
     def _open(self, name: str, fresh: bool) -> File:
         path = self._directory / name
@@ -73,11 +98,15 @@ class _Target:
         offset = record.first_grain * 8
         digests = np.zeros(min(self._window, self._state.disk.count_grains - record.first_grain), "<u8")
         self._digests.read_into(offset, digests.data)
+        window = record.first_grain // self._window
+        if self._from_base:
+            self._hashes.check(window, digests)
         digests[record.grains] = record.grain_digests
         if digests.any():
             self._digests.write(offset, digests.data)
         else:
             self._digests.zero(offset, digests.nbytes)
+        self._hashes.write(window, digests)
 
     def finish(self) -> None:
         """Complete the tree, compare its root, and make everything durable."""
@@ -91,6 +120,8 @@ class _Target:
         self._digests.sync()
         self._leaves.sync()
         self._fs.sync_directory(self._directory)
+        write_id(self._digests, disk, self._result)
+        self._digests.sync()
 
     def __enter__(self) -> _Target:
         return self
@@ -98,3 +129,9 @@ class _Target:
     def __exit__(self, *_: object) -> None:
         self._digests.close()
         self._leaves.close()
+
+
+def _is_between(delta_id: DeltaId, found: DeltaId) -> bool:
+    """Is `found` this id or nil, or one torn while the other was being written over it?"""
+    pairs = zip(delta_id.bytes, found.bytes, strict=True)
+    return all(there in (0, expected) for expected, there in pairs)

@@ -3,11 +3,16 @@
 Per disk there is a directory of three files:
 
     secret    192 random bytes, the key of the grain digests (0600)
-    digests   u64 per grain: keyed XXH3-64 of its content, 0 where it is all zero; a sparse file
+    digests   u64 per grain: keyed XXH3-64 of its content, 0 where it is all zero; a sparse file (see `digests`)
     leaves    the disk's Merkle tree (`merkle.FileNodes`)
 
 They say what the disk held at the last committed point, and only `fold` ever
-changes them. A scan reads the image in windows of 4 MiB. One native pass over a
+changes them. Files can be lost, cut, rot or come from different backups, so
+they are believed only as far as they prove it: the digests name the state they
+are of and carry a hash per window, the tree's root must be that state's. What
+does not fit raises `TrackerDamageError`, and the disk has to be scanned fresh.
+
+A scan reads the image in windows of 4 MiB. One native pass over a
 window gives the digest of every grain, which grains differ from what is
 stored, and which are zero; the caller gets these masks with the window's
 bytes and ships what is dirty without reading anything twice. The new digests
@@ -22,6 +27,7 @@ window is not even looked at; where they are not, its grains became zero.
 A scan is `fresh` when the trackers cannot be trusted or are not there: then
 every grain is covered, allocated or not, as a window or as a `Gap`.
 
+    tracker = HashTracker(fs, directory, disk, base)
     scan = tracker.scan(image, journal, index, fresh=not tracker.known)
     for piece in scan: ...              # Window | Gap; a window's arrays are valid until the next one
     scan.root                           # 32 bytes
@@ -47,9 +53,11 @@ from numpy.typing import NDArray
 
 from replica import _native
 from replica.durable import File, FileSystem
+from replica.errors import TrackerDamageError
 from replica.images import Image
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree
-from replica.model import DIGEST_BYTES, Disk
+from replica.model import DIGEST_BYTES, Disk, State
+from replica.tracking.digests import WindowHashes, count_windows, read_id
 from replica.tracking.journal import WINDOW_BYTES, JournalRecord, JournalWriter, grains_per_window
 from replica.tracking.spans import Span, common_spans, merge_spans, spans_of_image, spans_of_runs
 
@@ -87,15 +95,16 @@ def disk_directory(machine_directory: Path, disk: Disk) -> Path:
 class HashTracker:
     """The stored digests and tree of one disk. For one thread; the machine's lock keeps others out."""
 
-    def __init__(self, fs: FileSystem, machine_directory: Path, disk: Disk) -> None:
-        """Make what is missing. Raises StorageError."""
+    def __init__(self, fs: FileSystem, machine_directory: Path, disk: Disk, base: State | None) -> None:
+        """Make what is missing. `base`: the state that a scan compares with. Raises StorageError."""
         self.disk = disk
+        self.base = base
         self._fs = fs
         self.directory = disk_directory(machine_directory, disk)
         fs.make_directory(self.directory, private=True)
         self._secret = self._load_secret()
         self.known = self._fits()
-        """There is a stored state of this disk to compare with (whether it can be trusted is not known here)."""
+        """What is stored says that it is `base` (whether it can be trusted is not known here)."""
 
     def _load_secret(self) -> bytes:
         path = self.directory / "secret"
@@ -112,10 +121,12 @@ class HashTracker:
 
     def _fits(self) -> bool:
         digests, leaves = self.directory / "digests", self.directory / "leaves"
+        if self.base is None or self.base.is_empty or self.base.disk(self.disk.id) is None:
+            return False
         if not self._fs.exists(digests) or not self._fs.exists(leaves):
             return False
         with self._fs.open(digests) as file:
-            return file.size() == self.disk.count_grains * 8
+            return read_id(file, self.disk) == self.base.delta_id
 
     def scan(
         self,
@@ -129,6 +140,7 @@ class HashTracker:
     ) -> Scan:
         """Begin a scan of `image`, which has the disk's size. `index`: the disk's place in the result's table.
 
+        Iterating raises TrackerDamageError as soon as what is stored proves not to be `base`.
         `candidates`: the only grains that may have changed, if something better than hashing knows (never with
         `fresh`). `check` is called before every read and stops the scan by raising.
         """
@@ -156,7 +168,7 @@ class Scan:
         self.bytes_read = 0
         """Bytes read from the image so far."""
         self.root = b""
-        self._fs, self._directory, self._secret = fs, tracker.directory, secret
+        self._fs, self._directory, self._secret, self._base = fs, tracker.directory, secret, tracker.base
         self._image, self._journal, self._index = image, journal, index
         self._fresh, self._candidates, self._check = fresh, candidates, check
         grains = grains_per_window(self.disk)
@@ -169,22 +181,39 @@ class Scan:
             yield from self._run(None, MerkleTree(MemoryNodes(), self.disk.leaf_bytes))
             return
         with self._fs.open(self._directory / "digests") as digests, self._fs.open(self._directory / "leaves") as leaves:
-            yield from self._run(digests, MerkleTree(FileNodes(leaves), self.disk.leaf_bytes))
+            tree = MerkleTree(FileNodes(leaves), self.disk.leaf_bytes)
+            self._check_root(tree)
+            yield from self._run(digests, tree)
+
+    def _check_root(self, tree: MerkleTree) -> None:
+        state = self._base.disk(self.disk.id) if self._base is not None else None
+        if state is None or tree.root(self.disk.size_bytes) != state.root:
+            raise TrackerDamageError(
+                f"what is known of disk {self.disk.name!r} is damaged: its Merkle tree has another root "
+                f"({self._directory})"
+            )
 
     def _run(self, digests: File | None, tree: MerkleTree) -> Iterator[Window | Gap]:
         update = tree.update(write=False)
+        hashes = WindowHashes(digests, self.disk) if digests is not None else None
+        passed = 0 if self._candidates is None else count_windows(self.disk)
         covered = 0
         for span, buffer in self._read_ahead(self._spans(digests)):
             first = span.window * grains_per_window(self.disk)
             if self._fresh and covered < first:
                 yield Gap(covered, first)
-            window, record = self._look(first, buffer, digests)
+            if hashes is not None:
+                hashes.check_zero(passed, span.window)
+                passed = max(passed, span.window + 1)
+            window, record = self._look(first, buffer, digests, hashes)
             self._journal.add(record)
             first_leaf = first // self.disk.grains_per_leaf
             for start, stop in consecutive(record.leaves):
                 update.put(first_leaf + int(record.leaves[start]), record.leaf_digests[start:stop])
             yield window
             covered = first + window.count_grains
+        if hashes is not None:
+            hashes.check_zero(passed, count_windows(self.disk))
         if self._fresh and covered < self.disk.count_grains:
             yield Gap(covered, self.disk.count_grains)
         self.root = update.root(self.disk.size_bytes)
@@ -239,14 +268,17 @@ class Scan:
         buffer[done - start : padded] = 0
         return padded
 
-    def _look(self, first: int, buffer: Bytes, digests: File | None) -> tuple[Window, JournalRecord]:
+    def _look(
+        self, first: int, buffer: Bytes, digests: File | None, hashes: WindowHashes | None
+    ) -> tuple[Window, JournalRecord]:
         """Hash and compare one window: what the caller gets, and what the journal gets."""
         disk, count = self.disk, len(buffer) // self.disk.grain_bytes
         new, dirty = self._new[:count], self._dirty[:count]
         old = None
-        if digests is not None:
+        if digests is not None and hashes is not None:
             old = self._old[:count]
             old[digests.read_into(first * 8, old.data) // 8 :] = 0
+            hashes.check(first // grains_per_window(disk), old)
         _native.scan(buffer, disk.grain_bytes, self._secret, old, new, dirty)
         zero = (new == 0).view(np.uint8)
         changed = np.flatnonzero(new if old is None else dirty)

@@ -183,6 +183,7 @@ def test_two_cuts_in_a_row_converge(machine: Callable[..., Machine]) -> None:
             fold(CutFileSystem(Power(due - 2)), m.directory, journal)
     with Journal(m.fs, m.directory / "folding") as journal:
         fold(m.fs, m.directory, journal)
+        m.head = journal.summary.result
         journal.remove()
     assert m.dirty(MemoryImage(changed(3, data))) == set()
 

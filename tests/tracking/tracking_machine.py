@@ -64,13 +64,13 @@ class Machine:
     directory: Path
     disk: Disk
     fs: FileSystem = field(default_factory=FileSystem)
-    head: DeltaId = EMPTY_DELTA_ID
+    head: State | None = None
 
     def scan(
         self, image: MemoryImage, *, fresh: bool | None = None, candidates: object = None
     ) -> tuple[list[Window | Gap], State]:
         """Scan and finish the journal; copies of the pieces, and the result."""
-        tracker = HashTracker(self.fs, self.directory, self.disk)
+        tracker = HashTracker(self.fs, self.directory, self.disk, self.head)
         fresh = not tracker.known if fresh is None else fresh
         pieces: list[Window | Gap] = []
         with JournalWriter(self.fs, self.directory) as journal:
@@ -83,12 +83,12 @@ class Machine:
             epoch = Epoch(1, UUID(int=7))
             states = (DiskState(self.disk, scan.root),)
             result = State(ReplicaId(UUID(int=9)), DeltaId(random_id()), 1, epoch, 5, Consistency.CRASH, states)
-            journal.finish(JournalSummary(self.head, result, (fresh,)))
+            journal.finish(JournalSummary(self.head.delta_id if self.head else EMPTY_DELTA_ID, result, (fresh,)))
         return pieces, result
 
     def fold(self) -> None:
         with Journal(self.fs, self.directory / "pending") as journal:
-            self.head = journal.summary.result.delta_id
+            self.head = journal.summary.result
             journal.accept()
             fold(self.fs, self.directory, journal)
             journal.remove()
