@@ -16,9 +16,9 @@ An exception anywhere leaves a state from which the next cycle goes on: before
 the commit is asked for nothing has changed but the receiver's spool; after it,
 the journal is there, and the plan finds out what became of it.
 
-If the receiver finds other roots than the manifest names, the trackers did not
-describe what they should: they are not trusted any more, and the same call
-ships everything once.
+If the receiver finds other roots than the manifest names, or what is stored of a
+disk does not fit together, the trackers do not describe what they should: they
+are not trusted any more, and the same call ships everything once.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ import msgspec
 from replica import images
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
-from replica.errors import BusyError, RootMismatchError
+from replica.errors import BusyError, RootMismatchError, TrackerDamageError
 from replica.model import Consistency, DeltaId, Disk, DiskState, Frozen, ReplicaId, State, random_id
-from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, ReplicaView, Ship, Wait, next_step
-from replica.primary.enrol import UNKNOWN_DISK_ID, contact, current_disks, look
+from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
+from replica.primary.enrol import UNKNOWN_DISK_ID, adopt, become_another, contact, current_disks, look
 from replica.primary.reading import Reading
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.retry import Patience
 from replica.primary.shipment import Shipment
 from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.primary.status import noted
+from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import thaw_marked
@@ -51,6 +52,7 @@ from replica.transport.wire import ReplicaInfo
 
 RETRY_SECONDS = 60.0
 WAIT_LIMIT_SECONDS = 3600.0
+"""How long a receiver may take to apply a delta until a cycle ends with BusyError, and the next one asks again."""
 _log = logging.getLogger(__name__)
 
 
@@ -83,17 +85,19 @@ def sync_machine(
     progress: Progress = silent,
     *,
     retry_seconds: float = RETRY_SECONDS,
+    wait_limit_seconds: float = WAIT_LIMIT_SECONDS,
     stop: threading.Event | None = None,
 ) -> SyncResult:
     """Make one point of `machine` and see it committed. Raises a ReplicaError; `Stopped` once `stop` is set.
 
-    `retry_seconds`: how long a connection may stay broken in the middle of a delta.
-    `receiver` is used by one thread at a time, and not closed.
+    `retry_seconds`: how long a connection may stay broken in the middle of a delta; `wait_limit_seconds`: how long
+    the receiver may take to apply one. `receiver` is used by one thread at a time (but `abort`), and not closed.
     """
     directory = MachineDirectory(fs, spec.machine_directory(machine.name))
-    with directory.locked(machine.name), noted(fs, directory.path):
+    patience = Patience(retry_seconds, stop)
+    with directory.locked(machine.name), noted(fs, directory.path), stopping(stop, receiver):
         thaw_marked(fs, directory.path, machine.freezing)
-        return _Cycle(fs, spec, machine, directory, receiver, progress, Patience(retry_seconds, stop)).run()
+        return _Cycle(fs, spec, machine, directory, receiver, progress, patience, wait_limit_seconds).run()
 
 
 class _Cycle:
@@ -108,9 +112,11 @@ class _Cycle:
         receiver: Receiver,
         progress: Progress,
         patience: Patience,
+        wait_limit_seconds: float,
     ) -> None:
         self.fs, self.spec, self.machine, self.directory = fs, spec, machine, directory
         self.receiver, self.progress, self.patience = receiver, progress, patience
+        self.wait_limit_seconds = wait_limit_seconds
         self.started = time.monotonic()
         self.sent_before = receiver.bytes_sent
 
@@ -121,7 +127,7 @@ class _Cycle:
         record, ship = self._agree(record, info, disks)
         try:
             return self._ship(record, key, ship)
-        except RootMismatchError as error:
+        except (RootMismatchError, TrackerDamageError) as error:
             _log.warning("machine %r: %s; shipping everything once", self.machine.name, error)
             record = self.directory.load() or record
             record = self.directory.save(msgspec.structs.replace(record, trusted=False))
@@ -137,8 +143,8 @@ class _Cycle:
     # --- agreeing on where to start ---
 
     def _agree(self, record: MachineRecord, info: ReplicaInfo, disks: tuple[Disk, ...]) -> tuple[MachineRecord, Ship]:
-        """Do what the plan says until it says to ship. Raises what the plan raises, and BusyError after an hour."""
-        deadline = time.monotonic() + WAIT_LIMIT_SECONDS
+        """Do what the plan says until it says to ship. Raises what the plan raises, and BusyError at last."""
+        deadline = time.monotonic() + self.wait_limit_seconds
         delay = 0.05
         while True:
             primary = PrimaryView(
@@ -153,6 +159,9 @@ class _Cycle:
             if isinstance(step, DiscardPending):
                 self.directory.discard_pending()
                 continue
+            if isinstance(step, Readopt):
+                record, info = self._readopt(record, step)
+                continue
             if time.monotonic() > deadline:
                 raise BusyError(f"the receiver still applies a delta of machine {record.machine!r}")
             self._cancel_or_wait(step, record, delay)
@@ -161,6 +170,20 @@ class _Cycle:
         if step.mode is Mode.INITIAL and record.disks != disks:
             record = self.directory.save(msgspec.structs.replace(record, disks=disks))
         return record, step
+
+    def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
+        _log.warning(
+            "machine %r: its replica is at point %d (delta %s) where this primary knows point %d (delta %s): either "
+            "a copy of this state directory is at work, or one side was put back to an earlier time; adopting the "
+            "replica, which fences a copy, and shipping everything once",
+            record.machine,
+            step.found.point,
+            step.found.delta_id,
+            step.expected.point,
+            step.expected.delta_id,
+        )
+        record = become_another(self.directory, record)
+        return self.patience.call(lambda: adopt(self.directory, self.receiver, record))
 
     def _look(self, record: MachineRecord) -> ReplicaInfo:
         return self.patience.call(lambda: look(self.receiver, record))
@@ -179,7 +202,8 @@ class _Cycle:
     def _ship(self, record: MachineRecord, key: DataKey, ship: Ship) -> SyncResult:
         delta_id = DeltaId(random_id())
         sealer = DeltaSealer(key, record.replica_id, delta_id, record.epoch)
-        trackers = [HashTracker(self.fs, self.directory.path, disk) for disk in record.disks]
+        base = record.head if record.trusted else None
+        trackers = [HashTracker(self.fs, self.directory.path, disk, base) for disk in record.disks]
         fresh = tuple(ship.mode is not Mode.INCREMENTAL or not tracker.known for tracker in trackers)
         with Shipment(
             self.fs, self.directory.path, self.receiver, sealer, delta_id, ship.base, record.epoch, self.patience
@@ -200,7 +224,7 @@ class _Cycle:
                     states,
                 )
                 journal.finish(JournalSummary(ship.base.delta_id, result, fresh))
-            shipment.commit(result)
+            shipment.commit(result, self.wait_limit_seconds)
         self.directory.fold_pending(record)
         return SyncResult(
             machine=self.machine.name,

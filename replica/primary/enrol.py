@@ -23,6 +23,7 @@ from replica.delta import DataKey, Keyring
 from replica.durable import FileSystem
 from replica.errors import ConflictError, KeyMissingError
 from replica.model import Disk, DiskId, Epoch, ReplicaId, State, random_id
+from replica.plan import check_epoch
 from replica.primary.record import MachineDirectory, MachineRecord, Stage
 from replica.primary.spec import MachineSpec, SenderSpec
 from replica.transport.api import Receiver
@@ -56,11 +57,26 @@ def contact(
         info = _enrol(directory, receiver, record, key)
         record = directory.save(msgspec.structs.replace(record, stage=Stage.ENROLLED))
     elif record.stage is Stage.ADOPTING:
-        info = receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
-        record = directory.save(msgspec.structs.replace(record, stage=Stage.ENROLLED, epoch=info.epoch))
+        record, info = adopt(directory, receiver, record)
     else:
         info = look(receiver, record)
     return record, key, info
+
+
+def become_another(directory: MachineDirectory, record: MachineRecord) -> MachineRecord:
+    """Decide, durably, to adopt the replica under a new holder; nothing it holds is taken for known any more."""
+    return directory.save(msgspec.structs.replace(record, holder=random_id(), stage=Stage.ADOPTING, trusted=False))
+
+
+def adopt(directory: MachineDirectory, receiver: Receiver, record: MachineRecord) -> tuple[MachineRecord, ReplicaInfo]:
+    """Carry out an adoption that was decided; idempotent. FencedError if another sender was quicker."""
+    try:
+        info = receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
+    except ConflictError:
+        check_epoch(record.machine, record.epoch, receiver.replica(record.replica_id).epoch)
+        raise
+    done = msgspec.structs.replace(record, stage=Stage.ENROLLED, epoch=info.epoch, head=info.head, trusted=False)
+    return directory.save(done), info
 
 
 def look(receiver: Receiver, record: MachineRecord) -> ReplicaInfo:
@@ -95,6 +111,7 @@ def _find(
     named = [info for info in receiver.replicas(machine.name) if info.machine == machine.name]
     if not named:
         return None
+    _check_readable(machine.name, named)
     matching = [info for info in named if info.head.is_empty or _same_disks(info.head, images)]
     if len(matching) != 1:
         raise ConflictError(
@@ -115,6 +132,17 @@ def _find(
     return MachineRecord(
         machine.name, info.replica_id, key.id, random_id(), info.epoch, Stage.ADOPTING, disks, trusted=False
     )
+
+
+def _check_readable(machine: str, named: list[ReplicaInfo]) -> None:
+    """A replica that stopped and shows no head may hold points all the same: it is nobody's to pass over."""
+    for info in named:
+        if info.stopped is not None and info.head.is_empty:
+            raise ConflictError(
+                f"machine {machine!r} has a replica {info.replica_id} that the receiver cannot read: "
+                f"{info.stopped.detail}",
+                hint="no other one is made; repair it there, or name the machine otherwise",
+            )
 
 
 def _same_disks(head: State, images: tuple[Disk, ...]) -> bool:

@@ -16,6 +16,7 @@ the certificate, and its key is not here but in `keys`.
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -25,8 +26,8 @@ from uuid import UUID
 import msgspec
 
 from replica import documents
-from replica.durable import FileSystem
-from replica.errors import DamageError, FormatError
+from replica.durable import FileSystem, Lock
+from replica.errors import BusyError, DamageError, FormatError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
 from replica.tracking.fold import fold
 from replica.tracking.instant import marked
@@ -35,6 +36,7 @@ from replica.tracking.journal import Journal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_LOCK_ATTEMPTS, _LOCK_PAUSE_SECONDS = 3, 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -78,11 +80,20 @@ class MachineDirectory:
         """Keep every other sync or run away, and clear what a killed one left. BusyError if one is at it."""
         self._fs.make_directory(self.path, private=True)
         busy = f"another sync or run is working on machine {machine!r}"
-        with self._fs.lock(self.path / "lock", busy=busy):
+        with self._lock(busy):
             for name in self._fs.list_names(self.path):
                 if name.startswith(".") and name.endswith(".tmp"):
                     self._fs.unlink(self.path / name)
             yield
+
+    def _lock(self, busy: str) -> Lock:
+        """The lock; a `status` that looks whether it is taken holds it for a moment, too."""
+        for _ in range(_LOCK_ATTEMPTS - 1):
+            try:
+                return self._fs.lock(self.path / "lock", busy=busy)
+            except BusyError:
+                time.sleep(_LOCK_PAUSE_SECONDS)
+        return self._fs.lock(self.path / "lock", busy=busy)
 
     def load(self) -> MachineRecord | None:
         """The record, None if there is none. Raises FormatError if it is damaged."""

@@ -5,8 +5,11 @@ connection. What goes wrong on one machine is logged, noted in its status and
 tried again later; it never stops another one, also if it is a fault in this
 program. One line is logged per cycle.
 
+A receiver that still applies a delta holds its machine's place among these no
+longer than `every` or a minute: the cycle ends, the next one asks again.
+
 Stopping waits for the cycles at work, which notice it between two windows, two
-segments, or two waits; what they had not committed costs nothing but being
+segments, or two waits, and are cut off from a receiver that hangs; what they had not committed costs nothing but being
 read again.
 """
 
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field
 from replica.durable import FileSystem
 from replica.errors import BusyError, ConfigError, ReplicaError, StorageError
 from replica.model import rfc3339
-from replica.primary.cycle import RETRY_SECONDS, SyncResult, sync_machine
+from replica.primary.cycle import RETRY_SECONDS, WAIT_LIMIT_SECONDS, SyncResult, sync_machine
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.schedule import Schedule
@@ -36,6 +39,7 @@ from replica.transport.client import HttpReceiver
 Connect = Callable[[MachineSpec], Receiver]
 """Opens the way to a machine's receiver; the cycle closes it."""
 
+SHORTEST_WAIT_SECONDS = 60.0
 _TICK_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
@@ -75,12 +79,22 @@ def one_cycle(
     progress: Progress = silent,
     stop: threading.Event | None = None,
     retry_seconds: float = RETRY_SECONDS,
+    wait_limit_seconds: float = WAIT_LIMIT_SECONDS,
 ) -> Outcome:
     """`sync_machine` on a connection of its own, with what it raises as a value."""
     try:
         receiver = connect(machine) if connect is not None else HttpReceiver(machine.to, spec.tls)
         try:
-            result = sync_machine(fs, spec, machine, receiver, progress, retry_seconds=retry_seconds, stop=stop)
+            result = sync_machine(
+                fs,
+                spec,
+                machine,
+                receiver,
+                progress,
+                retry_seconds=retry_seconds,
+                wait_limit_seconds=wait_limit_seconds,
+                stop=stop,
+            )
             return Outcome(machine.name, result=result)
         finally:
             receiver.close()
@@ -150,8 +164,7 @@ def run(
         while not stop.is_set():
             for job in jobs:
                 if job.running is None and job.schedule.due <= clock():
-                    retry_seconds = min(RETRY_SECONDS, job.machine.every_seconds)
-                    job.running = pool.submit(one_cycle, fs, spec, job.machine, connect, silent, stop, retry_seconds)
+                    job.running = pool.submit(_scheduled, fs, spec, job.machine, connect, stop)
             _wait(jobs, stop, clock)
             for job in jobs:
                 if job.running is not None and job.running.done():
@@ -160,6 +173,15 @@ def run(
         if job.running is not None:
             _report(job.machine, job.running.result())
         _note_due(fs, spec, job, None)
+
+
+def _scheduled(
+    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, connect: Connect | None, stop: threading.Event
+) -> Outcome:
+    """One cycle, which gives its place up in good time."""
+    retry_seconds = min(RETRY_SECONDS, machine.every_seconds)
+    wait_limit_seconds = max(SHORTEST_WAIT_SECONDS, machine.every_seconds)
+    return one_cycle(fs, spec, machine, connect, silent, stop, retry_seconds, wait_limit_seconds)
 
 
 def _wait(jobs: list[_Job], stop: threading.Event, clock: Callable[[], float]) -> None:

@@ -11,6 +11,10 @@ it has, and only what is missing is sent again, from the very bytes that were
 sealed. If it has lost what it had acknowledged, those bytes are gone and the
 delta is given up; the next one has another id and another key.
 
+Leaving never waits for the link: a call that does not end by itself is aborted,
+and whatever happens the spool is closed when nobody uses it any more, by the
+sending thread itself if it must be.
+
 Left before `commit` was asked for, the delta is discarded at the receiver (it
 would otherwise go with the next one). Once it was asked for, nobody here can
 know what became of it, and nothing is discarded: the next contact decides.
@@ -37,8 +41,11 @@ from replica.transport.wire import Begin, ReplicaInfo
 
 COMMIT_WAIT_SECONDS = 5.0
 """How long one commit call may block: also the longest a stop has to wait here."""
-COMMIT_LIMIT_SECONDS = 3600.0
-_JOIN_SECONDS = 10.0
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.2, 5.0
+"""Pauses between two looks at whether the receiver is done."""
+_GRACE_SECONDS = 0.5
+"""What the call that the sending thread is in may take to end by itself when the shipment is left."""
+_JOIN_SECONDS = 5.0
 
 
 class Shipment:
@@ -65,11 +72,13 @@ class Shipment:
         self._arrived = 0
         self._sender: threading.Thread | None = None
         self._begun = self._commit_asked = False
+        self._leaving = threading.Lock()
+        self._sending = self._abandoned = False
 
     def begin(self) -> None:
         """Open the delta at the receiver and start sending whatever is put from now on."""
         self._patience.call(self._begin_again)
-        self._begun = True
+        self._begun = self._sending = True
         self._sender = threading.Thread(target=self._send, name=f"send-{self.delta_id}", daemon=True)
         self._sender.start()
 
@@ -101,29 +110,39 @@ class Shipment:
             watch()
         self._spool.check()
 
-    def commit(self, result: State) -> ReplicaInfo:
-        """Ask for the commit until it is answered. Raises what the receiver says, or TransportError.
+    def commit(self, result: State, limit_seconds: float) -> ReplicaInfo:
+        """Ask for the commit and wait until it is done. Raises what the receiver says, or TransportError.
 
-        Whatever it raises: the receiver may have committed.
+        The manifest goes along only when the commit is asked for, and that is done again only when the receiver is
+        not at it and has not done it. BusyError if it still is after `limit_seconds`. Whatever is raised: the
+        receiver may have committed.
         """
         tail = self._sealer.tail(self._entries, self._base, result)
-        deadline = time.monotonic() + COMMIT_LIMIT_SECONDS
+        deadline = time.monotonic() + limit_seconds
+        delay = FIRST_POLL_SECONDS
         self._commit_asked = True
-        while time.monotonic() < deadline:
-            self._patience.check()
-            try:
-                info = self._receiver.commit(
-                    self._replica_id, self.delta_id, tail, self._offset, wait_seconds=COMMIT_WAIT_SECONDS
-                )
-            except (TransportError, BusyError) as error:
-                self._patience.failed(error)
-                continue
-            self._patience.succeeded()
+        self._patience.check()
+        while True:
+            info = self._patience.call(lambda: self._ask_commit(tail))
+            applying = True
+            while info is None and applying:
+                if time.monotonic() + delay > deadline:
+                    raise BusyError(
+                        f"the receiver still applies delta {self.delta_id} after {limit_seconds:g} s",
+                        hint="look at the receiver's disks; the next sync goes on from whatever comes of it",
+                    )
+                self._patience.pause(delay)
+                delay = min(2 * delay, LAST_POLL_SECONDS)
+                seen = self._patience.call(lambda: self._receiver.replica(self._replica_id))
+                applying = seen.applying == self.delta_id
+                if not applying and seen.head.delta_id == self.delta_id:
+                    info = seen
             if info is not None:
                 return info
-        raise TransportError(
-            f"the receiver still applies delta {self.delta_id} after {COMMIT_LIMIT_SECONDS:g} s",
-            hint="look at the receiver's disks; the next sync goes on from whatever comes of it",
+
+    def _ask_commit(self, tail: bytes) -> ReplicaInfo | None:
+        return self._receiver.commit(
+            self._replica_id, self.delta_id, tail, self._offset, wait_seconds=COMMIT_WAIT_SECONDS
         )
 
     # --- the sending thread ---
@@ -136,6 +155,7 @@ class Shipment:
                 self._arrived = 0
                 try:
                     if not begun:
+                        self._spool.check()
                         self._begin_again()
                     self._send_held()
                     return
@@ -147,6 +167,11 @@ class Shipment:
                 begun = False
         except BaseException as error:  # noqa: BLE001 - raised again by whoever puts, checks or waits
             self._spool.fail(error)
+        finally:
+            with self._leaving:
+                self._sending = False
+                if self._abandoned:
+                    self._spool.close()
 
     def _send_held(self) -> None:
         for held in self._spool:
@@ -174,11 +199,24 @@ class Shipment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._spool.fail(error or Stopped())
-        if self._sender is not None:
-            self._sender.join(_JOIN_SECONDS)
-        gone = self._sender is not None and self._sender.is_alive()
-        if self._begun and not self._commit_asked and not gone and not isinstance(error, TransportError):
+        answers = self._end_sending() and not isinstance(error, TransportError)
+        if self._begun and not self._commit_asked and answers:
             with suppress(ReplicaError):
                 self._receiver.discard(self._replica_id, self.delta_id)
-        if not gone:
+
+    def _end_sending(self) -> bool:
+        """End the sending thread and close the spool. False if the receiver had to be cut off for that."""
+        if self._sender is None:
             self._spool.close()
+            return True
+        self._sender.join(_GRACE_SECONDS)
+        in_time = not self._sender.is_alive()
+        deadline = time.monotonic() + _JOIN_SECONDS
+        while self._sender.is_alive() and time.monotonic() < deadline:
+            self._receiver.abort()
+            self._sender.join(_GRACE_SECONDS)
+        with self._leaving:
+            self._abandoned = self._sending
+            if not self._abandoned:
+                self._spool.close()
+        return in_time

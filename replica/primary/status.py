@@ -1,8 +1,9 @@
 """What a primary knows of a machine by itself, without asking the other side.
 
 Two files tell it: `machine.json`, the truth about what was committed, and
-`status.json`, which a cycle leaves for nobody but this page: what it is doing
-or how it ended. A status that cannot be written or read hinders nothing.
+`status.json`, which a cycle leaves for nobody but this page: that it has begun,
+or how it ended. Whether one runs is what the machine's lock says; a process id
+in a file would soon be another process's. A status that cannot be written or read hinders nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 
 from replica import documents
 from replica.durable import FileSystem
-from replica.errors import FormatError, ReplicaError, StorageError
+from replica.errors import BusyError, FormatError, ReplicaError, StorageError
 from replica.model import Frozen, ReplicaId
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
@@ -47,7 +48,9 @@ class LastError(Frozen, frozen=True):
 
 
 class CycleStatus(Frozen, frozen=True):
-    """`status.json`. `pid`: who runs the cycle, if one is running; `next_due_ns`: known when `run` is at work."""
+    """`status.json`. `pid`: who began a cycle that has not ended; `last_error`: of the last one that did;
+    `next_due_ns`: known when `run` is at work.
+    """
 
     updated_at_ns: int
     pid: int | None = None
@@ -96,10 +99,9 @@ def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_n
 
 
 def _word(fs: FileSystem, path: Path, cycle: CycleStatus | None, damaged: bool, committed: bool) -> Word:
-    running = cycle is not None and cycle.pid is not None and _alive(cycle.pid)
     if damaged:
         return Word.DAMAGED
-    if running:
+    if is_running(fs, path):
         return Word.SYNCING
     if fs.exists(path / "frozen"):
         return Word.FROZEN
@@ -110,14 +112,15 @@ def _word(fs: FileSystem, path: Path, cycle: CycleStatus | None, damaged: bool, 
     return Word.OK if committed else Word.NEW
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def is_running(fs: FileSystem, path: Path) -> bool:
+    """Whether a sync or run holds the machine's lock. One that wants it this very moment tries again."""
+    if not fs.exists(path / "lock"):
         return False
-    except PermissionError:
+    try:
+        fs.lock(path / "lock", shared=True).release()
+    except BusyError:
         return True
-    return True
+    return False
 
 
 def error_of(error: ReplicaError, now_ns: int) -> LastError:
@@ -141,11 +144,14 @@ def write_status(fs: FileSystem, path: Path, status: CycleStatus) -> None:
 @contextmanager
 def noted(fs: FileSystem, path: Path) -> Iterator[None]:
     """Note that a cycle runs in this process, and how it ended."""
-    write_status(fs, path, CycleStatus(time.time_ns(), pid=os.getpid()))
+    before = read_status(fs, path)
+    previous = before.last_error if before is not None else None
+    write_status(fs, path, CycleStatus(time.time_ns(), pid=os.getpid(), last_error=previous))
     failure: LastError | None = None
     try:
         yield
     except Stopped:
+        failure = previous
         raise
     except Exception as error:
         known = error if isinstance(error, ReplicaError) else ReplicaError(f"a fault in the engine: {error!r}")

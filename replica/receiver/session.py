@@ -36,6 +36,9 @@ class Session:
         """Always 0: nothing leaves the process."""
         return 0
 
+    def abort(self) -> None:
+        """Nothing hangs in one process."""
+
     def close(self) -> None:
         """Nothing to close."""
 

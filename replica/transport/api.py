@@ -19,7 +19,7 @@ answer was lost is made again, unchanged, with the same result.
 
 Every call raises a `ReplicaError`: `TransportError` if the other side could not
 be reached or the connection broke (retryable), else the error the receiver
-meant. No implementation is thread-safe unless it says so.
+meant. No implementation is thread-safe unless it says so, but for `abort`.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ class Receiver(Protocol):
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         """Give an incomplete delta up; nothing happens if it is not there."""
+
+    def abort(self) -> None:
+        """From any thread: break off the call that another one is in, which raises TransportError.
+
+        A call that begins later connects anew. Where calls cannot hang (in one process) nothing happens.
+        """
 
     def close(self) -> None:
         """End the session; more calls may follow and open it again."""

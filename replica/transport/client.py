@@ -47,6 +47,10 @@ class HttpReceiver:
         """Close the connection; the next call opens a new one."""
         self._connection.close()
 
+    def abort(self) -> None:
+        """Thread-safe: the call that another thread is in fails now."""
+        self._connection.abort()
+
     # --- Receiver ---
 
     def replicas(self, machine: str = "") -> list[ReplicaInfo]:

@@ -21,6 +21,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -51,6 +52,35 @@ class _Connection(http.client.HTTPSConnection):
         self.used_at = time.monotonic()
         self.bytes_sent = 0
         self._head = bytearray()
+        self._tls_context = context
+
+    def connect(self) -> None:
+        """Like the parent's, but `sock` is there from the first packet on, so that it can be shut down."""
+        raw = self._connect_tcp()
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tls = self._tls_context.wrap_socket(raw, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = tls
+        tls.do_handshake()
+
+    def _connect_tcp(self) -> socket.socket:
+        failure = OSError("it has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            self.sock = raw = socket.socket(family, kind, protocol)
+            try:
+                raw.settimeout(CONNECT_SECONDS)
+                raw.connect(address)
+                return raw
+            except OSError as error:
+                raw.close()
+                failure = error
+        raise failure
+
+    def shut_down(self) -> None:
+        """From any thread: whoever reads or writes gets an error. The descriptor stays theirs to close."""
+        sock = self.sock
+        if sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own: it takes the session away
 
     def send(self, data: object) -> None:
         assert isinstance(data, bytes)
@@ -86,6 +116,7 @@ class Connection:
         self._answer_seconds = answer_seconds
         self._connection: _Connection | None = None
         self._bytes_before = 0
+        self._aborted = False
 
     @property
     def bytes_sent(self) -> int:
@@ -98,6 +129,13 @@ class Connection:
             self._bytes_before += self._connection.bytes_sent
             self._connection.close()
             self._connection = None
+
+    def abort(self) -> None:
+        """Thread-safe: end the request that another thread is in with a TransportError; the next one connects anew."""
+        self._aborted = True
+        connection = self._connection
+        if connection is not None:
+            connection.shut_down()
 
     def exchange(
         self,
@@ -139,13 +177,14 @@ class Connection:
         self, method: str, path: str, body: Sequence[Buffer], headers: dict[str, str], wait_seconds: float
     ) -> http.client.HTTPResponse:
         """Send a request and read the head of its answer."""
+        self._aborted = False
         while True:
             connection = self._connected()
             kept = connection.answers > 0
             try:
                 return self._attempt(connection, method, path, body, headers, wait_seconds)
             except (OSError, http.client.HTTPException) as error:
-                if kept and _is_stale(error):
+                if kept and _is_stale(error) and not self._aborted:
                     self.close()
                     continue
                 raise self._broken(error) from error
@@ -192,13 +231,13 @@ class Connection:
         if self._connection is not None and time.monotonic() - self._connection.used_at > IDLE_SECONDS:
             self.close()
         if self._connection is None:
-            connection = _Connection(self._host, self._port, client_context(self._tls))
+            self._connection = connection = _Connection(self._host, self._port, client_context(self._tls))
             try:
                 connection.connect()
             except (OSError, http.client.HTTPException) as error:
-                connection.close()
+                self.close()
                 raise _unreachable(error, self.url, self._tls) from error
-            self._connection = connection
+            connection.used_at = time.monotonic()
         return self._connection
 
     def _broken(self, error: Exception) -> ReplicaError:

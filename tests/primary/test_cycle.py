@@ -8,9 +8,11 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from primary_lab import Lab, Link, MiB
 
@@ -29,12 +31,14 @@ from replica.errors import (
     StorageError,
     TransportError,
 )
-from replica.model import Consistency
+from replica.model import Consistency, State
 from replica.plan import Mode
+from replica.primary.cycle import sync_machine
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.spec import DiskSpec
 from replica.store import replica_directories
+from replica.transport.wire import to_problem
 
 
 def disks_directory(lab: Lab) -> Path:
@@ -435,6 +439,65 @@ def test_an_old_copy_of_the_state_is_noticed(lab: Lab) -> None:
     result = lab.sync()
     assert (result.point, result.mode) == (3, Mode.RESYNC)
     lab.assert_equal()
+
+
+def test_a_copied_state_directory_is_fenced_not_taken_turns_with(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    lab.scribble("os", 0, 5 * MiB)
+    lab.sync()
+    copy = replace(lab.spec, state=lab.root / "copy")
+    subprocess.run(["cp", "-a", "--sparse=always", lab.spec.state, copy.state], check=True)
+    lab.scribble("os", 0, 5000)
+    lab.sync()
+    result = sync_machine(lab.fs, copy, lab.machine, lab.link(), retry_seconds=0)
+    assert (result.point, result.mode) == (3, Mode.RESYNC)
+    assert "a copy of this state directory is at work" in caplog.text
+    for _ in range(2):
+        with pytest.raises(FencedError, match="copy of this host.*move this machine's state directory away"):
+            lab.sync()
+    assert sync_machine(lab.fs, copy, lab.machine, lab.link(), retry_seconds=0).mode is Mode.INCREMENTAL
+    assert lab.head.epoch.counter == 2 and lab.head.point == 4
+    lab.assert_equal()
+
+
+def test_digests_that_became_a_hole_ship_everything_once(lab: Lab) -> None:
+    lab.scribble("os", 0, 9 * MiB)
+    lab.sync()
+    digests = disks_directory(lab) / disk_id(lab, "os") / "digests"
+    subprocess.run(["fallocate", "--punch-hole", "-o", "8192", "-l", "8192", digests], check=True)
+    lab.write("os", 4 * MiB, bytes(4 * MiB))
+    result = lab.sync()
+    assert (result.point, result.mode) == (2, Mode.RESYNC)
+    lab.assert_equal()
+    assert lab.sync().mode is Mode.INCREMENTAL
+
+
+def test_digests_of_another_point_are_not_compared_with(lab: Lab) -> None:
+    lab.scribble("os", 0, 5 * MiB)
+    lab.sync()
+    digests = disks_directory(lab) / disk_id(lab, "os") / "digests"
+    before = digests.read_bytes()
+    earlier = lab.copy()
+    lab.scribble("os", MiB, 4096)
+    lab.sync()
+    digests.write_bytes(before)
+    lab.write("os", MiB, earlier["os"][MiB : MiB + 4096])
+    assert lab.sync().bytes_changed == 5 * MiB, "read anew"
+    lab.assert_equal()
+
+
+def test_a_stopped_replica_without_a_head_is_not_taken_for_none(lab: Lab) -> None:
+    lab.scribble("os", 0, MiB)
+    first = lab.sync()
+    shutil.rmtree(lab.spec.state)
+    info = lab.link().replica(first.replica_id)
+    empty = State.empty(first.replica_id, info.epoch)
+    stopped = msgspec.structs.replace(info, head=empty, stopped=to_problem(StorageError("its state is rotten")))
+    link = lab.link()
+    link.replicas = lambda _machine: [stopped]  # type: ignore[attr-defined]
+    with pytest.raises(ConflictError, match="cannot read: its state is rotten.*no other one is made"):
+        lab.sync(link)
+    assert "enrol" not in link.calls and "adopt" not in link.calls
+    assert lab.sync().mode is Mode.RESYNC
 
 
 @pytest.mark.parametrize("what", ["digests", "leaves", "secret"])

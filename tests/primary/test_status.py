@@ -83,3 +83,16 @@ def test_notes(lab: Lab) -> None:
 def test_a_status_that_cannot_be_written_fails_nothing(lab: Lab) -> None:
     with noted(lab.fs, lab.root / "no" / "such"):
         pass
+
+
+def test_a_reused_pid_is_no_cycle_and_an_error_stays_until_the_next_one_ended(lab: Lab) -> None:
+    path = lab.spec.machine_directory("web-1")
+    lab.sync()
+    write_status(lab.fs, path, CycleStatus(5, pid=os.getpid()))
+    assert machine_status(lab.fs, lab.spec, lab.machine).state is Word.INTERRUPTED
+    with pytest.raises(ReplicaError), noted(lab.fs, path):
+        raise ReplicaError("broken")
+    with noted(lab.fs, path):
+        error = machine_status(lab.fs, lab.spec, lab.machine).last_error
+        assert error is not None and error.message == "broken"
+    assert machine_status(lab.fs, lab.spec, lab.machine).last_error is None

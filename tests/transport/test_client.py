@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -226,3 +227,16 @@ def test_a_host_that_is_not_known(pki: Pki) -> None:
 def test_what_is_no_receiver_s_address_is_refused_at_once(pki: Pki, url: str) -> None:
     with pytest.raises(ConfigError):
         HttpReceiver(url, pki.files("hv-1"))
+
+
+def test_abort_ends_a_call_that_hangs_also_in_the_handshake(pki: Pki) -> None:
+    with socket.create_server(("localhost", 0)) as listener:  # accepts in the kernel and never speaks
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        receiver = HttpReceiver(url, pki.files("hv-1"))
+        timer = threading.Timer(0.3, receiver.abort)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(TransportError):
+            receiver.replicas()
+        assert time.monotonic() - began < 3
+        timer.join()
