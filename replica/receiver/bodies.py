@@ -1,10 +1,17 @@
 """Request bodies in bounded memory and bounded time.
 
-A body is read only when its declared length is within the limit of its kind
-and there is room for it: `BodyBudget` counts the bytes of all bodies in memory.
-Whoever must wait has at most a socket's buffers full of data here; TCP makes
-its sender wait. One identity holds at most half of the budget, so that a
-primary that sends at a snail's pace cannot shut the others out.
+A body is read only when its sender may send it, its declared length is within
+the limit of its kind and there is room for it: `BodyBudget` counts the bytes
+of all bodies in memory. Whoever must wait has at most a socket's buffers full
+of data here; TCP makes its sender wait. What bounds one identity:
+
+* it holds at most half of the budget, so that a primary that sends at a
+  snail's pace cannot shut the others out;
+* it has at most `MAX_BODIES` bodies, read and waiting, so that what stands in
+  the buffers of waiting connections stays small.
+
+Whoever does not fit is passed by; who has waited for `AGE_SECONDS` is passed
+by no more, so that small bodies do not starve a large one.
 
 Time: a body has to go on within `IDLE_SECONDS` and be there at `MIN_RATE` bytes
 a second at the latest. (Headers: the server closes a connection that has not
@@ -14,16 +21,20 @@ brought a whole request head within its keep-alive time.)
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from aiohttp import web
 
 from replica.errors import BusyError, ProtocolError, TransportError
 
 BUDGET_BYTES = 64 << 20
+MAX_BODIES = 16
+"""Of one identity at a time. A sender has one for each machine at work, and `parallel` is at most this."""
 ROOM_SECONDS = 30.0
+AGE_SECONDS = 5.0
 IDLE_SECONDS = 30.0
 GRACE_SECONDS = 30.0
 MIN_RATE = 16 << 10
@@ -47,34 +58,56 @@ class EncodedError(ProtocolError):
     status = 415
 
 
+class TooManyBodiesError(TransportError):
+    """An identity that sends more bodies at a time than it may: told so, and its connection closed."""
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """A body's place in the queue, and then in memory."""
+
+    identity: str
+    count_bytes: int
+    since_seconds: float
+    granted: asyncio.Future[None]
+
+
 class BodyBudget:
-    """Bytes of bodies in memory. First come, first served, but for those who hold their share. One event loop."""
+    """Bytes of bodies in memory: first come, first served, within each identity's share. One event loop."""
 
     def __init__(self, total_bytes: int = BUDGET_BYTES) -> None:
         self.total_bytes = total_bytes
         self.free_bytes = total_bytes
         self._held: Counter[str] = Counter()
-        self._waiting: deque[tuple[str, int, asyncio.Future[None]]] = deque()
+        self._bodies: Counter[str] = Counter()
+        self._waiting: list[_Place] = []
 
     @asynccontextmanager
     async def hold(self, identity: str, count_bytes: int) -> AsyncIterator[None]:
-        """Room for a body; BusyError if there is none for `ROOM_SECONDS`. One that is larger than all takes all."""
-        count = min(count_bytes, self.total_bytes)
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (identity, count, granted)
-        self._waiting.append(entry)
+        """Room for a body. One that is larger than an identity's share counts as that share.
+
+        Raises TooManyBodiesError at once, BusyError if there is no room for `ROOM_SECONDS`.
+        """
+        if self._bodies[identity] >= MAX_BODIES:
+            raise TooManyBodiesError(
+                f"{identity!r} sends more than {MAX_BODIES} bodies at a time", hint="it is tried again by itself"
+            )
+        loop = asyncio.get_running_loop()
+        count = min(count_bytes, self.total_bytes // 2)
+        place = _Place(identity, count, loop.time(), loop.create_future())
+        self._bodies[identity] += 1
+        self._waiting.append(place)
         self._grant()
         try:
-            await self._granted(granted)
+            await self._granted(place.granted)
             yield
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            _less(self._bodies, identity, 1)
+            if place in self._waiting:
+                self._waiting.remove(place)
             else:
                 self.free_bytes += count
-                self._held[identity] -= count
-                if not self._held[identity]:
-                    del self._held[identity]
+                _less(self._held, identity, count)
             self._grant()
 
     async def _granted(self, granted: asyncio.Future[None]) -> None:
@@ -85,17 +118,25 @@ class BodyBudget:
             raise BusyError("the receiver has its hands full", hint="it is tried again by itself") from None
 
     def _grant(self) -> None:
-        for entry in list(self._waiting):
-            identity, count, granted = entry
-            held = self._held.get(identity, 0)
-            if held and held + count > self.total_bytes // 2:
+        """Let in whoever fits, oldest first; nobody passes one that has waited long and may have its share."""
+        aged = asyncio.get_running_loop().time() - AGE_SECONDS
+        for place in list(self._waiting):
+            if self._held[place.identity] + place.count_bytes > self.total_bytes // 2:
                 continue
-            if count > self.free_bytes:
-                return
-            self.free_bytes -= count
-            self._held[identity] += count
-            self._waiting.remove(entry)
-            granted.set_result(None)
+            if place.count_bytes > self.free_bytes:
+                if place.since_seconds <= aged:
+                    return
+                continue
+            self.free_bytes -= place.count_bytes
+            self._held[place.identity] += place.count_bytes
+            self._waiting.remove(place)
+            place.granted.set_result(None)
+
+
+def _less(counter: Counter[str], identity: str, count: int) -> None:
+    counter[identity] -= count
+    if not counter[identity]:
+        del counter[identity]
 
 
 def length_of(request: web.Request, limit_bytes: int) -> int:
@@ -111,22 +152,23 @@ def length_of(request: web.Request, limit_bytes: int) -> int:
 
 
 async def read_body(request: web.Request, length: int) -> bytearray:
-    """Exactly `length` bytes. TransportError if they come too slowly or not at all."""
-    body = bytearray(length)
+    """Exactly `length` bytes, in memory that grows with what arrives.
+
+    Raises TransportError if they come too slowly or not at all.
+    """
+    body = bytearray()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + GRACE_SECONDS + length / MIN_RATE
-    done = 0
     try:
         async with asyncio.timeout(IDLE_SECONDS) as limit:
-            while done < length:
+            while len(body) < length:
                 piece = await request.content.readany()
                 if not piece:
                     break
-                body[done : done + len(piece)] = piece
-                done += len(piece)
+                body += piece
                 limit.reschedule(min(loop.time() + IDLE_SECONDS, deadline))
     except TimeoutError as error:
-        raise TransportError(f"a body of {length} bytes came too slowly: {done} were here in time") from error
-    if done != length or len(body) != length:
-        raise TransportError(f"a body ended after {done} of {length} bytes")
+        raise TransportError(f"a body of {length} bytes came too slowly: {len(body)} were here in time") from error
+    if len(body) != length:
+        raise TransportError(f"a body ended after {len(body)} of {length} bytes")
     return body

@@ -1,8 +1,9 @@
 """The HTTP side of a site: requests in, documents, problems and bytes out.
 
-Every handler does the same: bound and parse what came (ids, numbers, bodies),
-call the `Session` of the client's identity in a worker thread, encode the
-answer. Decisions are the session's; nothing here knows a replica. Whatever
+Every handler does the same: parse what came (ids, numbers), ask the `Session`
+of the client's identity whether it may, and only then read a body, bounded;
+call the session in a worker thread, encode the answer. Decisions are the
+session's; nothing here knows a replica. Whatever
 fails is answered as `application/problem+json` and logged as one line.
 
 See docs/PROTOCOL.md and docs/openapi.yaml for what the requests mean.
@@ -23,7 +24,7 @@ from aiohttp import web
 
 from replica.errors import ForbiddenError, ProtocolError, ReplicaError, TransportError
 from replica.model import DeltaId, DiskId, Frozen, ReplicaId
-from replica.receiver.bodies import BodyBudget, length_of, read_body
+from replica.receiver.bodies import BodyBudget, TooManyBodiesError, length_of, read_body
 from replica.receiver.reading import DiskReading
 from replica.receiver.session import Session
 from replica.receiver.site import Site
@@ -35,7 +36,6 @@ from replica.transport.tls import identity_of
 log = logging.getLogger(__name__)
 
 WORKERS = 16
-MAX_CONNECTIONS = 512
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -45,10 +45,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class HttpApi:
     """Handlers over one site. `application()` is what aiohttp serves; `close` ends the worker threads."""
 
-    def __init__(self, site: Site, connections: Callable[[], int] = lambda: 0) -> None:
-        """`connections` tells how many are open now."""
+    def __init__(self, site: Site) -> None:
         self._site = site
-        self._connections = connections
         self._budget = BodyBudget()
         self._call = Workers(WORKERS)
         self._reading = DiskReading(self._call)
@@ -80,51 +78,59 @@ class HttpApi:
         return _document(found)
 
     async def _replica(self, request: web.Request) -> web.Response:
-        return _document(await self._call(self._session(request).replica, _replica_id(request)))
+        replica_id = _replica_id(request)
+        return _document(await self._call.on(replica_id, self._session(request).replica, replica_id))
 
     async def _enrol(self, request: web.Request) -> web.Response:
-        enrol = await self._read_document(request, wire.Enrol)
-        return _document(await self._call(self._session(request).enrol, _replica_id(request), enrol))
+        session, replica_id = self._session(request), _replica_id(request)
+        session.check_allowed()
+        enrol = await _read_document(request, wire.Enrol)
+        return _document(await self._call.on(replica_id, session.enrol, replica_id, enrol))
 
     async def _adopt(self, request: web.Request) -> web.Response:
-        adopt = await self._read_document(request, wire.Adopt)
-        return _document(await self._call(self._session(request).adopt, _replica_id(request), adopt))
+        session, replica_id = await self._admitted(request)
+        adopt = await _read_document(request, wire.Adopt)
+        return _document(await self._call.on(replica_id, session.adopt, replica_id, adopt))
 
     # --- deltas ---
 
     async def _begin(self, request: web.Request) -> web.Response:
-        begin = await self._read_document(request, wire.Begin)
-        begun = await self._call(self._session(request).begin, _replica_id(request), _delta_id(request), begin)
-        return _document(begun)
+        delta_id = _delta_id(request)
+        session, replica_id = await self._admitted(request)
+        begin = await _read_document(request, wire.Begin)
+        return _document(await self._call.on(replica_id, session.begin, replica_id, delta_id, begin))
 
     async def _discard(self, request: web.Request) -> web.Response:
-        await self._call(self._session(request).discard, _replica_id(request), _delta_id(request))
+        replica_id = _replica_id(request)
+        await self._call.on(replica_id, self._session(request).discard, replica_id, _delta_id(request))
         return web.Response(status=204)
 
     async def _segments(self, request: web.Request) -> web.Response:
-        session, number = self._session(request), _number(request.match_info["number"], "segment")
-        where = (_replica_id(request), _delta_id(request))
+        delta_id, number = _delta_id(request), _number(request.match_info["number"], "segment")
         length = length_of(request, wire.MAX_BODY_BYTES)
+        session, replica_id = await self._admitted(request)
         async with self._budget.hold(session.identity, length):
             body = await read_body(request, length)
-            await self._call(_store_segments, session, where, number, body)
+            await self._call.on(replica_id, _store_segments, session, (replica_id, delta_id), number, body)
         return web.Response(status=204)
 
     async def _commit(self, request: web.Request) -> web.Response:
-        session, replica_id, delta_id = self._session(request), _replica_id(request), _delta_id(request)
+        delta_id = _delta_id(request)
         length = length_of(request, wire.MAX_TAIL_BYTES + wire.FRAME.size)
+        session, replica_id = await self._admitted(request)
         async with self._budget.hold(session.identity, length):
             body = await read_body(request, length)
-            job = await self._call(_start_commit, session, replica_id, delta_id, body)
+            job = await self._call.on(replica_id, _start_commit, session, replica_id, delta_id, body)
             del body
         if not await _settled(job, preferred_wait(request.headers.get("Prefer", ""))):
             return web.Response(status=202)
-        return _document(await self._call(session.outcome, replica_id, job))
+        return _document(await self._call.on(replica_id, session.outcome, replica_id, job))
 
     # --- reading ---
 
     async def _points(self, request: web.Request) -> web.Response:
-        return _document(await self._call(self._session(request).points, _replica_id(request)))
+        replica_id = _replica_id(request)
+        return _document(await self._call.on(replica_id, self._session(request).points, replica_id))
 
     async def _disk(self, request: web.Request) -> web.StreamResponse:
         point = _number(request.match_info["point"], "point")
@@ -134,7 +140,7 @@ class HttpApi:
         disk_id = DiskId(_uuid(request, "disk"))
         level, first, count = (_number(request.query.get(name, ""), name) for name in ("level", "first", "count"))
         arguments = (_replica_id(request), disk_id, level, first, count)
-        digests = await self._call(self._session(request).tree, *arguments)
+        digests = await self._call.on(arguments[0], self._session(request).tree, *arguments)
         return web.Response(body=digests, content_type="application/octet-stream")
 
     # --- around every request ---
@@ -143,17 +149,23 @@ class HttpApi:
         transport = request.transport
         return self._site.session(identity_of(transport.get_extra_info("peercert") if transport else None))
 
-    async def _read_document(self, request: web.Request, kind: type[T]) -> T:
-        body = await read_body(request, length_of(request, wire.MAX_DOCUMENT_BYTES))
-        return wire.decode(body, kind, "the request")
+    async def _admitted(self, request: web.Request) -> tuple[Session, ReplicaId]:
+        """The session, and the replica that is its own: asked before a byte of a body is read."""
+        session, replica_id = self._session(request), _replica_id(request)
+        session.check_allowed()
+        await self._call.on(replica_id, session.check_owned, replica_id)
+        return session, replica_id
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turn every failure into a problem document and a line in the log."""
         try:
-            if self._connections() > MAX_CONNECTIONS:
-                raise TransportError("the receiver has too many connections", hint="it is tried again by itself")
             return await handler(request)
+        except TooManyBodiesError as error:
+            log.warning("%s %s by %s: %s", request.method, request.path, _who(request), error)
+            answer = _problem(error)
+            answer.force_close()
+            return answer
         except ReplicaError as error:
             level = logging.WARNING if isinstance(error, ForbiddenError) or error.status >= 500 else logging.INFO
             log.log(level, "%s %s by %s: %s", request.method, request.path, _who(request), error)
@@ -177,6 +189,11 @@ def preferred_wait(prefer: str) -> int:
     """Seconds of `Prefer: wait=N` (RFC 7240 §4.3), 0 without it, at most `MAX_WAIT_SECONDS`."""
     match = _WAIT.search(prefer)
     return min(int(match[1]), wire.MAX_WAIT_SECONDS) if match else 0
+
+
+async def _read_document(request: web.Request, kind: type[T]) -> T:
+    body = await read_body(request, length_of(request, wire.MAX_DOCUMENT_BYTES))
+    return wire.decode(body, kind, "the request")
 
 
 def _store_segments(session: Session, where: tuple[ReplicaId, DeltaId], first: int, body: bytearray) -> None:

@@ -1,12 +1,13 @@
 """The receiver process: TLS in front of a site, from the first line in the log to an orderly end.
 
-The order at start: certificates read, address bound, replicas opened and
-recovered, then listening; so a wrong certificate or a port in use is told
-before anything is touched, and no request meets a site that is not ready.
+The order at start: certificates read, address bound, replicas found, then
+listening; so a wrong certificate or a port in use is told before anything is
+touched. Replicas are opened and recovered behind: one that takes long, or whose
+storage hangs, is `busy` and stops no other.
 
 At SIGTERM or SIGINT: no more connections, idle ones closed, requests and
-commits under way may end within `END_SECONDS`; then the stores are closed. A
-second signal ends the process at once. Neither that nor SIGKILL loses
+commits under way may end within `END_SECONDS` altogether; then the stores are
+closed. What hangs is not waited for longer. A second signal ends the process at once. Neither that nor SIGKILL loses
 anything: an unfinished commit is redone or undone at the next start.
 """
 
@@ -18,25 +19,27 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
 from aiohttp import web
 
 from replica.durable import FileSystem
 from replica.errors import ListenError
 from replica.receiver.http_api import HttpApi
+from replica.receiver.listener import Listener, raise_descriptor_limit
 from replica.receiver.site import Site, SiteSpec
+from replica.receiver.workers import Workers
 from replica.transport.tls import server_context
 
 log = logging.getLogger(__name__)
 
 END_SECONDS = 60.0
+LEAST_SECONDS = 2.0
+"""What closing the stores is given at least, after requests that took all the time there was."""
 FAREWELL_SECONDS = 0.1
-HANDSHAKE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may stand without a complete request head. Clients give up theirs earlier."""
 MAX_LINE_BYTES = 4096
-READ_BUFFER_BYTES = 256 << 10
+READ_BUFFER_BYTES = 64 << 10
 
 _LISTEN = {
     errno.EADDRINUSE: ("the port is in use", "is a receiver already running? choose another `listen` or stop that one"),
@@ -47,6 +50,7 @@ _LISTEN = {
 
 def serve(spec: SiteSpec, *, fs: FileSystem | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError, ListenError or StorageError at start."""
+    raise_descriptor_limit()
     asyncio.run(_serve_until_signalled(fs or FileSystem(), spec))
 
 
@@ -61,7 +65,7 @@ async def _serve_until_signalled(fs: FileSystem, spec: SiteSpec) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled, number)
-    await serve_until(spec, lambda: Site(fs, spec), stop)
+    await serve_until(spec, lambda: Site(fs, spec, wait=False), stop)
 
 
 async def serve_until(
@@ -73,26 +77,14 @@ async def serve_until(
     """Serve until `stop` is set. `ready` is told host and port (of port 0: the one that was given)."""
     loop = asyncio.get_running_loop()
     context = server_context(spec.tls)
-    runner: web.AppRunner | None = None
-
-    def protocol() -> asyncio.Protocol:
-        assert runner is not None and runner.server is not None
-        return runner.server()
-
+    aside = Workers(1, "site")
     try:
-        listener = await loop.create_server(
-            protocol,
-            spec.listen_host or None,
-            spec.listen_port,
-            ssl=context,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            start_serving=False,
-        )
-    except (OSError, OverflowError) as error:
+        listener = Listener(spec.listen_host, spec.listen_port)
+    except (OSError, OverflowError, ValueError) as error:
         raise listen_error(spec, error) from error
     try:
-        site = await loop.run_in_executor(None, open_site)
-        api = HttpApi(site, connections=lambda: len(runner.server.connections) if runner and runner.server else 0)
+        site = await aside(open_site)
+        api = HttpApi(site)
         runner = web.AppRunner(
             api.application(),
             access_log=None,
@@ -104,21 +96,42 @@ async def serve_until(
             auto_decompress=False,
         )
         await runner.setup()
+        assert runner.server is not None
         try:
-            await _listen(listener, spec)
-            host, port = _address(listener)
-            log.info("ready: listening on https://%s:%d; %d replicas, %d stopped", host, port, len(site), site.failed)
+            try:
+                listener.start(context, runner.server)
+            except OSError as error:
+                raise listen_error(spec, error) from error
+            host, port = listener.address
+            log.info("ready: listening on https://%s:%d; %s", host, port, _replicas(site))
             if ready is not None:
                 ready(host, port)
             await stop.wait()
         finally:
-            listener.close()
+            deadline = loop.time() + END_SECONDS
+            await listener.close()
             await _end_connections(runner)
             api.close()
-            ended = await loop.run_in_executor(None, site.close, END_SECONDS)
-            log.info("ended%s", "" if ended else "; a commit was cut off, the next start finishes it")
+            await _close(site, aside, max(LEAST_SECONDS, deadline - loop.time()))
     finally:
-        listener.close()
+        await listener.close()
+        aside.close()
+
+
+def _replicas(site: Site) -> str:
+    if site.recovering:
+        return f"{len(site)} replicas, {site.recovering} of them still to be recovered"
+    return f"{len(site)} replicas, {site.failed} stopped"
+
+
+async def _close(site: Site, aside: Workers, limit_seconds: float) -> None:
+    """Close the stores, and wait for that no longer than a little more than the limit, whatever hangs."""
+    try:
+        async with asyncio.timeout(limit_seconds + LEAST_SECONDS):
+            ended = await aside(site.close, limit_seconds)
+        log.info("ended%s", "" if ended else "; something was cut off, the next start finishes it")
+    except TimeoutError:
+        log.error("ended; a replica's storage does not answer, it was not waited for")
 
 
 async def _end_connections(runner: web.AppRunner) -> None:
@@ -132,13 +145,6 @@ async def _end_connections(runner: web.AppRunner) -> None:
     await asyncio.sleep(0)
 
 
-async def _listen(listener: asyncio.Server, spec: SiteSpec) -> None:
-    try:
-        await listener.start_serving()
-    except OSError as error:
-        raise listen_error(spec, error) from error
-
-
 def listen_error(spec: SiteSpec, error: Exception) -> ListenError:
     """What a failure to bind means, naming the address and what to do."""
     where = f"cannot listen on {spec.listen_host}:{spec.listen_port}"
@@ -147,10 +153,3 @@ def listen_error(spec: SiteSpec, error: Exception) -> ListenError:
     number = error.errno if isinstance(error, OSError) else None
     why, hint = _LISTEN.get(number or 0, (str(error), "correct `listen`"))
     return ListenError(f"{where}: {why}", hint=hint)
-
-
-def _address(listener: asyncio.Server) -> tuple[str, int]:
-    host, port = "", 0
-    with suppress(IndexError):
-        host, port = listener.sockets[0].getsockname()[:2]
-    return f"[{host}]" if ":" in host else host, port

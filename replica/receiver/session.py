@@ -42,6 +42,14 @@ class Session:
     def close(self) -> None:
         """Nothing to close."""
 
+    def check_allowed(self) -> None:
+        """ForbiddenError if no entry lets this identity in. Does not block."""
+        self._site.check_allowed(self.identity)
+
+    def check_owned(self, replica_id: ReplicaId) -> None:
+        """What every call about a replica asks first: ForbiddenError, UnknownMachineError, or why it is unreadable."""
+        self._slot(replica_id)
+
     def replicas(self, machine: str = "") -> list[ReplicaInfo]:
         return self._site.owned(self.identity, machine)
 

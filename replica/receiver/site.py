@@ -11,7 +11,8 @@ this identity in, is there such a replica, is it this identity's own
 (`admission`). What then happens to the replica is its slot's affair (`slot`).
 
 At start every replica in every storage is opened and thereby recovered, several
-at once; one that cannot be opened stops nobody else. Thread-safe.
+at once, if one likes (`wait=False`) while requests are already answered; one
+that cannot be opened, or takes for ever, stops nobody else. Thread-safe.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
 from replica.delta import DataKey
 from replica.durable import FileSystem
-from replica.errors import BusyError, KeyMissingError, ReplicaError, UnknownMachineError
+from replica.errors import BusyError, KeyMissingError, ProtocolError, ReplicaError
 from replica.model import DiskId, ReplicaId
 from replica.receiver.admission import authorise, check_again, check_new, check_owner, unknown
 from replica.receiver.session import Session, find_disk
 from replica.receiver.slot import Slot
 from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
-from replica.receiver.stores import FileStores, Reader, Stores
+from replica.receiver.stores import FileStores, Reader, Store, Stores
 from replica.store import Identity
 from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
 
@@ -57,8 +59,12 @@ class Site:
         *,
         stores: Stores | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wait: bool = True,
     ) -> None:
-        """Opens and recovers every replica; ones that cannot be opened are logged and left for later."""
+        """Finds every replica, and opens and recovers them: by the time this returns, or behind (`wait=False`).
+
+        Ones that cannot be opened are logged and left for later. Raises StorageError if a storage cannot be listed.
+        """
         self.spec = spec
         self._stores = stores or FileStores(fs)
         self._clock = clock
@@ -68,8 +74,33 @@ class Site:
         for storage in spec.storages.values():
             for directory in self._stores.directories(storage.path):
                 self._find(directory)
-        with ThreadPoolExecutor(MAX_COMMITS) as pool:
-            self.failed = sum(pool.map(_fails_to_open, list(self._slots.values())))
+        self.failed = 0
+        self.recovering = len(self._slots)
+        self._recover(wait)
+
+    def _recover(self, wait: bool) -> None:
+        """Open every slot, `MAX_COMMITS` at a time. In daemon threads: one that hangs must not hold up the end."""
+        slots: SimpleQueue[Slot] = SimpleQueue()
+        for slot in self._slots.values():
+            slots.put(slot)
+        counting = threading.Lock()
+
+        def work() -> None:
+            with suppress(Empty):
+                while True:
+                    failed = _fails_to_open(slots.get_nowait())
+                    with counting:
+                        self.failed += failed
+                        self.recovering -= 1
+                        if not self.recovering and not wait:
+                            log.info("recovered: %d replicas, %d stopped", len(self), self.failed)
+
+        threads = [threading.Thread(target=work, name=f"recover-{n}", daemon=True) for n in range(MAX_COMMITS)]
+        for thread in threads:
+            thread.start()
+        if wait:
+            for thread in threads:
+                thread.join()
 
     def _find(self, directory: Path) -> None:
         try:
@@ -82,8 +113,8 @@ class Site:
             return
         self._slots[replica_id] = self._slot(replica_id, directory)
 
-    def _slot(self, replica_id: ReplicaId, directory: Path) -> Slot:
-        return Slot(self._stores, replica_id, directory, self._clock, self._turns)
+    def _slot(self, replica_id: ReplicaId, directory: Path, store: Store | None = None) -> Slot:
+        return Slot(self._stores, replica_id, directory, self._clock, self._turns, store, keep_last=self.spec.keep_last)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -109,6 +140,10 @@ class Site:
 
     # --- what sessions do ---
 
+    def check_allowed(self, identity: str) -> None:
+        """ForbiddenError if no `[[allow]]` entry matches."""
+        authorise(self.spec.allow, identity)
+
     def slot(self, identity: str, replica_id: ReplicaId) -> Slot:
         """The slot of `identity`'s own replica. ForbiddenError, UnknownMachineError, or why it is unreadable."""
         authorise(self.spec.allow, identity)
@@ -125,6 +160,8 @@ class Site:
             return found
         try:
             return slot.store().identity
+        except BusyError:
+            raise
         except ReplicaError as error:
             log.error("replica %s cannot be opened: %s", slot.replica_id, error)
             raise type(error)(
@@ -132,7 +169,7 @@ class Site:
             ) from error
 
     def owned(self, identity: str, machine: str) -> list[ReplicaInfo]:
-        """Every readable replica of `identity`, of one machine's name or of all."""
+        """Every replica known to be `identity`'s, of one machine's name or of all; unreadable ones as stopped."""
         authorise(self.spec.allow, identity)
         found = []
         for slot in list(self._slots.values()):
@@ -142,7 +179,8 @@ class Site:
             try:
                 found.append(slot.info())
             except ReplicaError as error:
-                log.warning("replica %s is left out of a list: %s", slot.replica_id, error)
+                log.warning("replica %s cannot be read: %s", slot.replica_id, error)
+                found.append(slot.unreadable(who, error))
         return sorted(found, key=lambda info: (info.machine, info.replica_id))
 
     def enrol(self, identity: str, replica_id: ReplicaId, enrol: Enrol) -> ReplicaInfo:
@@ -151,8 +189,16 @@ class Site:
         with self._enrolling:
             slot = self._slots.get(replica_id)
             if slot is None:
-                present = [who for other in self._slots.values() if (who := other.identity()) is not None]
-                check_new(present, identity, enrol.machine)
+                known = {other.replica_id: other.identity() for other in self._slots.values()}
+                check_new([who for who in known.values() if who is not None], identity, enrol.machine)
+                for other_id in (other_id for other_id, who in known.items() if who is None):
+                    log.warning(
+                        "machine %s of %s is enrolled as %s; replica %s cannot be read and may be of the same machine",
+                        enrol.machine,
+                        identity,
+                        replica_id,
+                        other_id,
+                    )
                 slot = self._create(identity, replica_id, enrol, entry, key)
             else:
                 present_identity = self._identity_of(slot)
@@ -171,7 +217,7 @@ class Site:
             created_at_ns=time.time_ns(),
         )
         store = self._stores.create(storage.path, who, key, enrol.epoch)
-        slot = Slot(self._stores, replica_id, storage.path / str(replica_id), self._clock, self._turns, store)
+        slot = self._slot(replica_id, storage.path / str(replica_id), store)
         self._slots = {**self._slots, replica_id: slot}
         log.info(
             "replica %s: enrolled machine %s of %s in storage %s", replica_id, enrol.machine, identity, storage.name
@@ -184,7 +230,7 @@ class Site:
     def tree(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         slot = self.slot(identity, replica_id)
         if not 1 <= count <= MAX_TREE_NODES:
-            raise UnknownMachineError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
+            raise ProtocolError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
         disk = find_disk(self._stores.reader(slot.directory).head, str(disk_id))
         return self._stores.tree(slot.directory, disk, level, first, count)
 
@@ -198,7 +244,7 @@ def _has_key(slot: Slot, key: DataKey) -> bool:
 
 def _fails_to_open(slot: Slot) -> bool:
     try:
-        store = slot.store()
+        store = slot.store(patience_seconds=None)
     except BusyError as error:
         log.error("replica %s: %s", slot.replica_id, error)
         return True

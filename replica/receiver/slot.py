@@ -4,13 +4,17 @@ A replica that cannot be opened (damaged, or locked by another process) is its
 own trouble only: its slot answers with that error and tries again at the next
 request, so that it comes back by itself when the cause is gone.
 
+Opening recovers, which may rewrite a head or wait for storage that hangs. So
+it runs in a thread of its own, and so does opening a *stopped* store anew; a
+request waits for that no longer than `PATIENCE_SECONDS` and is told `busy`.
+
 A commit is a *job* in a thread of its own, so that no request waits for it
 longer than it said: manifest in, everything durable, head rewritten, old
 points rotated out. While it runs nothing else is begun here. Asked for again
 it is the same job. How it ended is kept until somebody has been told: a
 failure whose waiter had given up is the answer to the next one who asks.
 
-Locks: `_opening` guards taking the store, `_jobs` the fields about the job and
+Locks: `_opening` guards which store is taken, `_jobs` the fields about the job and
 the activity; neither is held while a store works. `_jobs` may be taken inside
 `_opening`, never the other way round.
 """
@@ -19,19 +23,23 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError
-from replica.model import DeltaId, ReplicaId, rfc3339
+from replica.model import NIL, DeltaId, Epoch, ReplicaId, State, rfc3339
 from replica.receiver.admission import Activity, check_adopt, check_delta
 from replica.receiver.stores import Store, Stores
 from replica.store import Identity
 from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
 
 log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 1.0
+"""How long a request waits for a store that is being opened."""
 
 
 class Job:
@@ -53,8 +61,12 @@ class Slot:
         clock: Callable[[], float],
         turns: threading.Semaphore,
         store: Store | None = None,
+        keep_last: int | None = None,
     ) -> None:
-        """`turns` bounds how many replicas of the site rewrite their heads at the same time."""
+        """`turns` bounds how many replicas of the site rewrite their heads at the same time.
+
+        `keep_last` is for a commit that is taken up at the start; None rotates nothing.
+        """
         self.replica_id = replica_id
         self.directory = directory
         self._stores = stores
@@ -62,7 +74,9 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
+        self._keep_last = keep_last
         self._opening = threading.Lock()
+        self._open_job: Future[Store] | None = None
         self._jobs = threading.Lock()
         self._job: Job | None = None
         self._active: Activity | None = None
@@ -70,16 +84,71 @@ class Slot:
 
     # --- what it is ---
 
-    def store(self) -> Store:
-        """The open store; opens it if it is not. Raises why it cannot be opened."""
+    def store(self, patience_seconds: float | None = PATIENCE_SECONDS) -> Store:
+        """The open store; opens it if it is not. Raises why it cannot be opened, or BusyError while that takes long."""
         with self._opening:
-            if self._closed:
-                raise BusyError("the receiver is shutting down", hint="try again when it runs again")
-            if self._store is None:
-                self._store = self._stores.open(self.directory)
-                self._identity = self._store.identity
-                self._take_up(self._store)
-            return self._store
+            self._refuse_when_closed()
+            if self._store is not None:
+                return self._store
+            job = self._start_opening(None)
+        return self._opened(job, patience_seconds)
+
+    def _running_store(self) -> Store:
+        """The store, opened anew if it was stopped. Raises what still stops it."""
+        store = self.store()
+        if store.stopped is None:
+            return store
+        with self._opening:
+            self._refuse_when_closed()
+            if self._store is store:
+                self._store = None
+                job = self._start_opening(store)
+            elif self._store is not None:
+                return self._store
+            else:
+                job = self._start_opening(None)
+        store = self._opened(job, PATIENCE_SECONDS)
+        if store.stopped is not None:
+            raise store.stopped
+        return store
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise BusyError("the receiver is shutting down", hint="try again when it runs again")
+
+    def _start_opening(self, stopped: Store | None) -> Future[Store]:
+        """Holding `_opening`: the job that opens the store, after giving the stopped one up."""
+        if self._open_job is None:
+            self._open_job = Future()
+            arguments = (self._open_job, stopped)
+            threading.Thread(target=self._open, args=arguments, name=f"open-{self.replica_id}", daemon=True).start()
+        return self._open_job
+
+    def _open(self, job: Future[Store], stopped: Store | None) -> None:
+        try:
+            if stopped is not None:
+                stopped.close()
+            store = self._stores.open(self.directory)
+            with self._opening:
+                self._open_job = None
+                if self._closed:
+                    store.close()
+                    self._refuse_when_closed()
+                self._store = store
+                self._identity = store.identity
+                self._take_up(store)
+        except BaseException as error:  # noqa: BLE001  # handed to whoever waits
+            with self._opening:
+                self._open_job = None
+            job.set_exception(error)
+        else:
+            job.set_result(store)
+
+    def _opened(self, job: Future[Store], patience_seconds: float | None) -> Store:
+        wait([job], timeout=patience_seconds)
+        if not job.done():
+            raise BusyError(f"replica {self.replica_id} is being recovered", hint="try again when that is done")
+        return job.result()
 
     def identity(self) -> Identity | None:
         """Who the replica is, also while its store cannot be opened; None if even that is unreadable."""
@@ -112,10 +181,16 @@ class Slot:
             stopped=to_problem(stopped) if stopped else None,
         )
 
+    def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
+        """What can be said of a replica whose state cannot be read: whose it is, and why it is stopped."""
+        nobody = Epoch(0, NIL)
+        empty = State.empty(self.replica_id, nobody)
+        return ReplicaInfo(self.replica_id, who.machine, who.owner, nobody, empty, stopped=to_problem(error))
+
     # --- taking a delta in ---
 
     def adopt(self, adopt: Adopt) -> None:
-        store = self.store()
+        store = self._running_store()
         with self._jobs:
             self._refuse_while_working("adopt")
             check_adopt(self._active, adopt.holder, self._clock())
@@ -125,7 +200,7 @@ class Slot:
             log.warning("replica %s: adopted by another sender, epoch %d", self.replica_id, after.counter)
 
     def begin(self, delta_id: DeltaId, begin: Begin) -> Begun:
-        store = self.store()
+        store = self._running_store()
         with self._jobs:
             self._refuse_while_working("begin a delta")
         received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
@@ -180,7 +255,7 @@ class Slot:
         log.info("replica %s: going on with the commit of delta %s", self.replica_id, received)
         with self._jobs:
             job = self._job = Job(received)
-        self._start(store, job, b"", 0, None)
+        self._start(store, job, b"", 0, self._keep_last)
 
     def outcome(self, job: Job) -> ReplicaInfo:
         """The end of a job that is done: the new state, or its error. Whoever asks has been told."""
@@ -258,7 +333,15 @@ class Slot:
             self._closed = True
 
     def close(self, limit_seconds: float) -> bool:
-        """After `refuse`: wait for the job, then give the store up. False if the job did not end in time."""
+        """After `refuse`: wait for the job, then give the store up. False if something did not end in time."""
+        opening = self._open_job
+        if opening is not None:
+            started = time.monotonic()
+            wait([opening], timeout=limit_seconds)
+            limit_seconds = max(0.0, limit_seconds - (time.monotonic() - started))
+            if not opening.done():
+                log.error("replica %s: its recovery takes too long; the next start finishes it", self.replica_id)
+                return False
         job = self._job
         if job is not None:
             wait([job.done], timeout=limit_seconds)

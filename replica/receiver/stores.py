@@ -5,6 +5,7 @@ The site's own tests stand in for these with stores that block or fail on comman
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -12,7 +13,7 @@ from uuid import UUID
 
 from replica.delta import DataKey
 from replica.durable import FileSystem
-from replica.errors import ProtocolError, ReplicaError
+from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.store import Identity, PointInfo, ReplicaReader, ReplicaStore, replica_directories
@@ -20,6 +21,8 @@ from replica.store.layout import Layout
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
 
 
 class Store(Protocol):
@@ -79,7 +82,7 @@ class Stores(Protocol):
     """Where stores come from."""
 
     def directories(self, storage: Path) -> list[Path]:
-        """The directory of every replica in a storage."""
+        """The directory of every replica in a storage. Raises StorageError if there is no such storage."""
 
     def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:
         """Make a replica's directory and open it."""
@@ -101,7 +104,14 @@ class FileStores:
         self._fs = fs
 
     def directories(self, storage: Path) -> list[Path]:
-        self._fs.make_directory(storage)
+        if not self._fs.exists(storage):
+            if not self._fs.exists(storage.parent):
+                raise StorageError(
+                    f"storage {storage} is not there, nor is {storage.parent}",
+                    hint="is its file system mounted? correct the path, or create the directory",
+                )
+            log.warning("storage %s was not there and is made now; if it had replicas, mount it and restart", storage)
+            self._fs.make_directory(storage)
         return replica_directories(self._fs, storage)
 
     def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:

@@ -1,26 +1,93 @@
-"""Worker threads for an event loop: what may block runs here, a bounded number at a time."""
+"""Worker threads for an event loop: what may block runs here, a bounded number at a time.
+
+Work on one replica has at most `SHARE` threads at a time, so that a replica
+whose storage hangs leaves the others theirs; who finds them taken waits in the
+event loop, where waiting costs nothing, and after `TURN_SECONDS` is told that
+the replica is busy.
+
+The threads are daemons: one that never comes back (a dead network file system)
+does not keep the process from ending.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
+
+from replica.errors import BusyError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+SHARE = 2
+TURN_SECONDS = 20.0
+
 
 class Workers:
-    """A pool of threads that is awaited: `await workers(function, argument)`."""
+    """A pool of daemon threads that is awaited: `await workers(function, argument)`. For one event loop."""
 
-    def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, "request")
+    def __init__(self, count: int, name: str = "request") -> None:
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._count = count
+        self._turns: dict[Hashable, tuple[asyncio.Semaphore, int]] = {}
+        for number in range(count):
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        done: Future[T] = Future()
+        self._tasks.put(partial(_run, done, partial(function, *args, **kwargs)))
+        return await asyncio.wrap_future(done)
+
+    async def on(self, key: Hashable, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for work on `key` (a replica's id), within its share. BusyError if that stays taken."""
+        async with self._turn(key):
+            return await self(function, *args, **kwargs)
+
+    @asynccontextmanager
+    async def _turn(self, key: Hashable) -> AsyncIterator[None]:
+        turns, users = self._turns.get(key, (asyncio.Semaphore(SHARE), 0))
+        self._turns[key] = (turns, users + 1)
+        try:
+            try:
+                async with asyncio.timeout(TURN_SECONDS):
+                    await turns.acquire()
+            except TimeoutError:
+                raise BusyError(
+                    f"replica {key} is busy: {SHARE} requests are at work on it and do not end",
+                    hint="it is tried again by itself; if that stays, look at the receiver's storage",
+                ) from None
+            try:
+                yield
+            finally:
+                turns.release()
+        finally:
+            turns, users = self._turns.pop(key)
+            if users > 1:
+                self._turns[key] = (turns, users - 1)
 
     def close(self) -> None:
-        """Take no more; what runs goes on to its end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Take no more; what runs goes on to its end, or to the process's."""
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task
+
+
+def _run(done: Future[T], call: Callable[[], T]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001  # handed to whoever waits
+        done.set_exception(error)
+    else:
+        done.set_result(result)

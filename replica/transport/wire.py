@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 16 << 20
 """A segment body. A segment is about 4 MiB, so several small ones fit and the largest one does."""
-MAX_TAIL_BYTES = 64 << 20
-"""A manifest with its trailer: some 800,000 segments, 3 TiB in one delta."""
+MAX_TAIL_BYTES = 32 << 20
+"""A manifest with its trailer: some 400,000 segments, 1.5 TiB in one delta. One identity's share of body memory."""
 MAX_DOCUMENT_BYTES = 64 << 10
 """A JSON document in a request."""
 MAX_RESPONSE_BYTES = 16 << 20

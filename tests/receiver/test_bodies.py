@@ -63,18 +63,66 @@ def test_room_is_given_up_to_the_total_and_then_in_order() -> None:
     run(main())
 
 
-def test_a_large_body_is_not_overtaken_for_ever() -> None:
+def test_who_does_not_fit_is_passed_by_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         budget = BodyBudget(100)
-        small, large, later = Holder(budget, "a", 30), Holder(budget, "b", 90), Holder(budget, "c", 10)
+        first, second = Holder(budget, "a", 45), Holder(budget, "b", 45)
+        large = Holder(budget, "c", 50)
+        small = Holder(budget, "d", 10)
         await settle()
-        assert (small.holds, large.holds, later.holds) == (True, False, False)
+        assert (first.holds, second.holds, large.holds, small.holds) == (True, True, False, True)
+        monkeypatch.setattr(bodies, "AGE_SECONDS", 0.0)
         small.release()
+        await small.task
+        later = Holder(budget, "d", 10)
         await settle()
-        assert (large.holds, later.holds) == (True, True)
-        large.release()
-        later.release()
-        await asyncio.gather(small.task, large.task, later.task)
+        assert (large.holds, later.holds) == (False, False)
+        first.release()
+        await settle()
+        assert (large.holds, later.holds) == (True, False)
+        for holder in (second, large, later):
+            holder.release()
+        await asyncio.gather(second.task, large.task, later.task)
+        assert budget.free_bytes == 100
+
+    run(main())
+
+
+def test_an_old_body_above_its_share_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "AGE_SECONDS", 0.0)
+
+    async def main() -> None:
+        budget = BodyBudget(100)
+        greedy = [Holder(budget, "greedy", 50) for _ in range(3)]
+        await settle()
+        other = Holder(budget, "other", 50)
+        await settle()
+        assert [h.holds for h in [*greedy, other]] == [True, False, False, True]
+        for holder in [*greedy, other]:
+            holder.release()
+        await asyncio.gather(*(h.task for h in [*greedy, other]))
+
+    run(main())
+
+
+def test_one_identity_has_so_many_bodies_and_no_more() -> None:
+    async def main() -> None:
+        budget = BodyBudget(100)
+        holders = [Holder(budget, "greedy", 50) for _ in range(bodies.MAX_BODIES)]
+        await settle()
+        with pytest.raises(bodies.TooManyBodiesError):
+            await Holder(budget, "greedy", 1).task
+        other = Holder(budget, "other", 1)
+        await settle()
+        assert other.holds
+        for holder in [*holders, other]:
+            holder.release()
+        await asyncio.gather(*(h.task for h in [*holders, other]))
+        again = Holder(budget, "greedy", 1)
+        await settle()
+        assert again.holds
+        again.release()
+        await again.task
 
     run(main())
 
@@ -95,13 +143,13 @@ def test_one_identity_holds_at_most_half() -> None:
     run(main())
 
 
-def test_a_body_larger_than_the_budget_gets_all_of_it() -> None:
+def test_a_body_larger_than_the_budget_gets_half_of_it() -> None:
     async def main() -> None:
         budget = BodyBudget(100)
         huge = Holder(budget, "a", 1000)
         await settle()
         assert huge.holds
-        assert budget.free_bytes == 0
+        assert budget.free_bytes == 50
         huge.release()
         await huge.task
         assert budget.free_bytes == 100
@@ -114,7 +162,7 @@ def test_whoever_waits_too_long_is_told_to_come_back(monkeypatch: pytest.MonkeyP
 
     async def main() -> None:
         budget = BodyBudget(100)
-        first, second = Holder(budget, "a", 100), Holder(budget, "b", 1)
+        first, second = Holder(budget, "a", 100), Holder(budget, "a", 1)
         with pytest.raises(BusyError):
             await second.task
         first.release()

@@ -19,14 +19,23 @@ import pytest
 from replica.durable import FileSystem
 from replica.errors import ListenError, TransportError
 from replica.model import DeltaId, ReplicaId, random_id
-from replica.receiver import bodies, http_api, server
+from replica.receiver import bodies, http_api, listener, server, workers
 from replica.receiver.site import Site
 from replica.transport import wire
 from replica.transport.client import HttpReceiver
 from replica.transport.tls import client_context
 from replica.transport.wire import Enrol, digest_of
 from tests.receiver.loopback import Loopback, Pki, site_spec
-from tests.receiver.memory_stores import DISK, MemoryStores, content, new_key, next_state, tail_of
+from tests.receiver.memory_stores import (
+    DISK,
+    MemoryReader,
+    MemoryStore,
+    MemoryStores,
+    content,
+    new_key,
+    next_state,
+    tail_of,
+)
 
 
 class Receiver:
@@ -168,6 +177,20 @@ def test_a_body_needs_a_length_and_no_encoding(receiver: Receiver) -> None:
     assert problem_of(receiver.ask("PUT", path, b"x", Content_Encoding="gzip")).status == 415
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/replicas/{id}/adopt"),
+        ("PUT", "/v1/replicas/{id}/deltas/{delta}"),
+        ("PUT", "/v1/replicas/{id}/deltas/{delta}/segments/0"),
+        ("POST", "/v1/replicas/{id}/deltas/{delta}/commit"),
+    ],
+)
+def test_an_empty_body_is_refused(receiver: Receiver, method: str, path: str) -> None:
+    response = receiver.ask(method, path.format(id=receiver.id, delta=random_id()), b"")
+    assert problem_of(response).status == 400
+
+
 def test_a_head_has_a_limit(receiver: Receiver) -> None:
     assert receiver.ask("GET", "/v1/replicas", None, X_Long="x" * 5000).status == 400
     assert receiver.ask("GET", "/v1/replicas?machine=" + "x" * 5000).status in (400, 414)
@@ -208,15 +231,116 @@ def test_a_head_that_does_not_come_is_given_up(pki: Pki, tmp_path: Path, monkeyp
     made.stop()
 
 
-def test_more_connections_than_the_limit_are_refused(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "MAX_CONNECTIONS", 2)
+def is_reset(port: int) -> bool:
+    """Whether one more connection is thrown out before a word of TLS; an accepted one waits for the client."""
+    with socket.create_connection(("127.0.0.1", port), 20) as plain:
+        plain.settimeout(0.5)
+        try:
+            return plain.recv(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            return True
+
+
+def test_connections_are_counted_before_their_handshake(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clients that say nothing at all take places, too; one more is reset, and a place is free again when one goes."""
+    monkeypatch.setattr(listener, "MAX_OF_ADDRESS", 3)
     receiver.client.replicas()
-    with (
-        receiver.raw(),
-        closing(receiver.loopback.client(receiver.pki.files("hv-1"))) as third,
-        pytest.raises(TransportError, match="too many connections"),
-    ):
-        third.replicas()
+    port = receiver.loopback.port
+    silent = [socket.create_connection(("127.0.0.1", port), 20) for _ in range(2)]
+    assert all(is_reset(port) for _ in range(5))
+    assert [r.getMessage() for r in caplog.records if "reset" in r.getMessage()] == [
+        "connections are reset: 3 of 127.0.0.1 are open"
+    ]
+    receiver.client.replicas()
+    for plain in silent:
+        plain.close()
+    deadline = time.monotonic() + 10
+    while is_reset(port):
+        assert time.monotonic() < deadline
+    with closing(receiver.loopback.client(receiver.pki.files("hv-1"))) as another:
+        assert len(another.replicas()) == 1
+
+
+def test_all_connections_together_have_a_limit(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 2)
+    receiver.client.replicas()
+    with receiver.raw():
+        assert is_reset(receiver.loopback.port)
+
+
+@pytest.mark.parametrize(
+    ("address", "key"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3::7", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_connections_are_counted_by_address_or_network(address: str, key: str) -> None:
+    assert listener.address_key(address) == key
+
+
+def test_a_body_of_who_may_not_send_it_is_not_read(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate without an [[allow]] entry, and a replica of somebody else: no room is taken for either."""
+    asked: list[str] = []
+    monkeypatch.setattr(bodies.BodyBudget, "hold", lambda self, identity, count: asked.append(identity))
+    path = f"/v1/replicas/{receiver.id}/deltas/{random_id()}/commit"
+    for name in ("nas-1", "hv-2"):
+        context = client_context(receiver.pki.files(name))
+        plain = socket.create_connection(("localhost", receiver.loopback.port), 20)
+        with context.wrap_socket(plain, server_hostname="localhost") as raw:
+            raw.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {32 << 20}\r\n\r\nabc".encode())
+            assert raw.recv(100).startswith(b"HTTP/1.1 403")
+    assert asked == []
+
+
+def test_a_replica_that_hangs_leaves_the_others_their_workers(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "TURN_SECONDS", 0.2)
+    hangs, go_on = threading.Event(), threading.Event()
+    reader = receiver.stores.reader
+
+    def slow(directory: Path) -> MemoryReader:
+        if directory.name == str(receiver.id):
+            hangs.set()
+            go_on.wait(30)
+        return reader(directory)
+
+    monkeypatch.setattr(receiver.stores, "reader", slow)
+    path = f"/v1/replicas/{receiver.id}/points"
+    asked = [threading.Thread(target=receiver.ask, args=("GET", path)) for _ in range(http_api.WORKERS + 4)]
+    try:
+        for thread in asked:
+            thread.start()
+        assert hangs.wait(10)
+        time.sleep(0.5)
+        assert receiver.client.replicas() != []
+        assert problem_of(receiver.ask("GET", path)).type == "urn:replica:error:busy"
+    finally:
+        go_on.set()
+        for thread in asked:
+            thread.join()
+
+
+def test_the_end_does_not_wait_for_storage_that_hangs(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "END_SECONDS", 0.5)
+    monkeypatch.setattr(server, "LEAST_SECONDS", 0.2)
+    made = Receiver(pki, tmp_path)
+    made.start()
+    go_on = threading.Event()
+    monkeypatch.setattr(MemoryStore, "close", lambda self: go_on.wait(30))
+    started = time.monotonic()
+    made.loopback.stop()
+    assert time.monotonic() - started < 10
+    go_on.set()
 
 
 def test_many_large_bodies_at_once_stay_within_the_budget(

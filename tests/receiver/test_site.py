@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,20 +12,27 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from replica.durable import FileSystem
 from replica.errors import (
     BusyError,
     ConflictError,
     DamageError,
     FencedError,
     ForbiddenError,
+    ProtocolError,
     ReplicaError,
+    StorageError,
+    StorageFullError,
     UnknownMachineError,
 )
 from replica.model import DeltaId, Epoch, ReplicaId, random_id
+from replica.receiver import slot
 from replica.receiver.session import Session
+from replica.receiver.site import Site
+from replica.receiver.stores import FileStores
 from replica.transport.wire import Adopt, Begin, digest_of
 from tests.receiver.conftest import Primary, World
-from tests.receiver.memory_stores import DISK, content, new_key
+from tests.receiver.memory_stores import DISK, MemoryStore, content, new_key, tail_of
 
 
 def calls(primary: Primary, session: Session) -> list[Callable[[], object]]:
@@ -245,3 +254,102 @@ def test_a_tree_is_read_in_bounded_parts(primary: Primary) -> None:
     for count in (0, 65537):
         with pytest.raises(ReplicaError, match="65536"):
             primary.session.tree(primary.id, DISK.id, 0, 0, count)
+
+
+def test_a_replica_that_opens_slowly_is_busy_and_stops_no_other(
+    world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found at the start and opened behind: requests to it end soon, others work, and it comes when it is there."""
+    monkeypatch.setattr(slot, "PATIENCE_SECONDS", 0.05)
+    other = world.primary("hv-2")
+    other.enrol()
+    world.site.close()
+    go_on = threading.Event()
+    open_store = world.stores.open
+
+    def slow(directory: Path) -> MemoryStore:
+        if directory.name == str(primary.id):
+            assert go_on.wait(30)
+        return open_store(directory)
+
+    monkeypatch.setattr(world.stores, "open", slow)
+    world.site = Site(FileSystem(), world.spec, stores=world.stores, clock=lambda: world.now, wait=False)
+    mine, others = world.site.session("hv-1"), world.site.session("hv-2")
+    with pytest.raises(BusyError, match="is being recovered"):
+        mine.adopt(primary.id, Adopt(primary.epoch, random_id()))
+    assert mine.replica(primary.id).stopped is not None
+    other.session = others
+    assert other.cycle().head.point == 1
+    go_on.set()
+    primary.session = mine
+    wait_until(lambda: mine.replica(primary.id).stopped is None)
+    assert primary.cycle().head.point == 1
+    wait_until(lambda: world.site.recovering == 0)
+
+
+def test_a_stopped_replica_is_opened_anew(world: World, primary: Primary) -> None:
+    primary.store.stopped = StorageFullError("no space")
+    with pytest.raises(StorageFullError):
+        primary.begin()
+    assert primary.store.closed
+    primary.store.stopped = None
+    assert primary.cycle().head.point == 1
+
+
+def test_a_replica_whose_state_is_unreadable_is_listed_as_stopped(world: World, primary: Primary) -> None:
+    world.site.slot("hv-1", primary.id)
+    world.stores.locked[primary.id] = DamageError("its state is damaged")
+    world.site.close()
+    world.open()
+    (info,) = world.site.session("hv-1").replicas("web-1")
+    assert (info.replica_id, info.machine, info.owner) == (primary.id, "web-1", "hv-1")
+    assert info.stopped is not None
+    assert info.stopped.detail == "its state is damaged"
+    assert world.site.session("hv-2").replicas() == []
+
+
+def test_an_enrolment_beside_an_unreadable_replica_is_logged(
+    world: World, primary: Primary, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.site.close()
+    world.stores.broken[primary.id] = DamageError("damaged")
+    world.open()
+    world.primary("hv-1").enrol()
+    assert f"replica {primary.id} cannot be read and may be of the same machine" in caplog.text
+
+
+def test_a_commit_taken_up_at_the_start_rotates_as_well(
+    world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(world.spec.keep_last):
+        primary.cycle()
+    state = primary.begin()
+    monkeypatch.setattr(MemoryStore, "finish", lambda *_: None)
+    primary.store.tail, primary.store.received = tail_of(state), state.delta_id
+    assert [s.point for s in primary.store.states] == [1, 2, 3]
+    world.site.close()
+    world.open()
+    wait_until(lambda: [s.point for s in primary.store.states] == [2, 3, 4])
+
+
+def test_a_storage_is_made_only_beside_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stores = FileStores(FileSystem())
+    with pytest.raises(StorageError, match="nor is .*mnt"):
+        stores.directories(tmp_path / "mnt" / "replicas")
+    assert not (tmp_path / "mnt").exists()
+    assert stores.directories(tmp_path / "replicas") == []
+    assert "was not there and is made now" in caplog.text
+    assert (tmp_path / "replicas").is_dir()
+
+
+def test_too_many_nodes_of_a_tree_are_a_protocol_error(world: World, primary: Primary) -> None:
+    for count in (0, 65537):
+        with pytest.raises(ProtocolError, match="1 to 65536"):
+            primary.session.tree(primary.id, DISK.id, 0, 0, count)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

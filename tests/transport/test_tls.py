@@ -130,7 +130,7 @@ def test_only_tls_1_3_is_spoken(server: Loopback, pki: Pki, version: str, good: 
 
 def test_a_failed_handshake_does_not_stay_open(tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
     """Garbage instead of TLS is closed at the handshake's time limit at the latest; so is silence."""
-    monkeypatch.setattr("replica.receiver.server.HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr("replica.receiver.listener.HANDSHAKE_SECONDS", 0.5)
     with serving(tmp_path, pki.files("dr-1", ("localhost", "127.0.0.1"))) as server:
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", b""):
             with socket.create_connection(("localhost", server.port), 5) as raw:
