@@ -14,6 +14,7 @@ are gone. What talks TLS opens them and names what is wrong.
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
@@ -94,8 +95,8 @@ class MachineTable(msgspec.Struct, frozen=True):
     to: Text
     disk: tuple[DiskTable, ...]
     every: Text = "5min"
-    freeze: Text | list[Text] | None = None
-    thaw: Text | list[Text] | None = None
+    freeze: Text | Annotated[list[Text], Meta(min_length=1)] | None = None
+    thaw: Text | Annotated[list[Text], Meta(min_length=1)] | None = None
     freeze_limit: Text = DEFAULT_FREEZE_LIMIT
     consistency: Consistency = Consistency.CRASH
 
@@ -108,7 +109,7 @@ class SenderFile(msgspec.Struct, frozen=True):
     tls: TlsTable
     machine: tuple[MachineTable, ...]
     keys: Text = "keys/"
-    parallel: Annotated[int, Meta(ge=1, le=64)] = 4
+    parallel: Annotated[int, Meta(ge=1, le=16)] = 4
 
 
 def parse_duration(text: str) -> float:
@@ -122,9 +123,46 @@ def parse_duration(text: str) -> float:
 def parse_listen(text: str) -> tuple[str, int]:
     """Host and port of `127.0.0.1:8443`, `[::]:8443` or `:8443` (every address). Raises ValueError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and host[0] != "["):
-        raise ValueError(f"{text!r} is no address to listen on; write host:port, such as 0.0.0.0:8443")
-    return host.strip("[]"), int(port)
+    if host[:1] == "[" and host[-1:] == "]" and ":" in host:
+        host = host[1:-1]
+    elif any(c in host for c in "[]:"):
+        colon = ""
+    if not colon or not _is_number(port) or not 0 <= int(port) <= 65535 or (host and not is_host(host)):
+        raise ValueError(f"{text!r} is no address to listen on; write host:port, such as 0.0.0.0:8443 or [::]:8443")
+    return host, int(port)
+
+
+def parse_url(text: str) -> str:
+    """`https://host[:port]` without a slash at its end. Raises ValueError."""
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname or "", url.port
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no receiver's address: {error}") from error
+    plain = url.path in ("", "/") and not url.query and not url.fragment and url.username is None
+    if url.scheme != "https" or not plain or not is_host(host) or port == 0 or url.netloc.endswith(":"):
+        raise ValueError(f"{text!r} is no receiver's address")
+    return text.rstrip("/")
+
+
+def is_host(text: str) -> bool:
+    """Whether that can be a host's name (RFC 1123 §2.1, or one that IDNA encodes) or an address."""
+    if ":" in text:
+        try:
+            return ip_address(text.partition("%")[0]).version == 6
+        except ValueError:
+            return False
+    if any(c.isspace() or not c.isprintable() for c in text):
+        return False
+    try:
+        labels = text.removesuffix(".").encode("idna").split(b".")
+    except UnicodeError:
+        return False
+    return all(re.fullmatch(rb"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", label) for label in labels)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5
 
 
 def kind_of(path: Path) -> Literal["sender", "receiver"]:
@@ -202,9 +240,10 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
     _unique(source, "machine.disk", [disk.name for disk in table.disk], (*place, "disk"))
     if (table.freeze is None) != (table.thaw is None):
         source.fail(place, f"machine {table.name!r} has only one of `freeze` and `thaw`", "give both or neither")
-    url = urlsplit(table.to)
-    if url.scheme != "https" or not url.hostname or url.path not in ("", "/") or url.query or url.username:
-        source.fail((*place, "to"), f"{table.to!r} is no receiver's address", "write https://host:port")
+    try:
+        to = parse_url(table.to)
+    except ValueError as error:
+        source.fail((*place, "to"), str(error), "write https://host:port")
     seconds = {}
     for key, text in (("every", table.every), ("freeze_limit", table.freeze_limit)):
         try:
@@ -217,7 +256,7 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
         check_name(table.name, "machine name")
         return MachineSpec(
             name=table.name,
-            to=table.to.rstrip("/"),
+            to=to,
             every_seconds=seconds["every"],
             disks=tuple(_disk(source, d, (*place, "disk", n)) for n, d in enumerate(table.disk)),
             freeze=table.freeze,

@@ -155,10 +155,6 @@ class File:
         with suppress(OSError):
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
-    def sequential(self) -> None:
-        with suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
 
 class Lock:
     """A kernel lock on a file (flock): gone with the process, whatever happens to it."""

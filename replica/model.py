@@ -36,7 +36,8 @@ DIGEST_BYTES = 32
 MAX_DISK_BYTES = 64 << 40
 """64 TiB, the largest disk VHDX allows; the Merkle tree's fixed depth covers it with 16 KiB leaves."""
 MAX_DISKS = 256
-MAX_NAME_BYTES = 255
+MAX_NAME_BYTES = 128
+"""Names become parts of file names (255 bytes on every file system), with room for what is put around them."""
 
 ZERO_ROOT = bytes(DIGEST_BYTES)
 

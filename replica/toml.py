@@ -54,6 +54,8 @@ class Source:
             raise ConfigError(f"{path}:{line}: not UTF-8 text") from error
         except tomllib.TOMLDecodeError as error:
             raise self._syntax(text, error) from error
+        except RecursionError as error:
+            raise ConfigError(f"{path} is nested too deeply", hint="no setting needs that; correct the file") from error
         self._lines = _positions(text)
 
     def _syntax(self, text: str, error: tomllib.TOMLDecodeError) -> ConfigError:
@@ -108,6 +110,9 @@ def _value(source: Source, hint: Any, value: Any, place: Place) -> Any:
         if not isinstance(value, dict):
             source.fail(place, f"`{_dotted(place)}` is a table", f"write it as [{_dotted(place)}]")
         return build(source, hint, value, place)
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "\0" in text:
+            source.fail(place, f"`{_dotted(place)}` has a NUL character in it", "no name, path or command can have one")
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:

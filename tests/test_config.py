@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen
+from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_url
 from replica.errors import ConfigError
 from replica.model import Consistency
 
@@ -142,6 +142,21 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('every = "30s"', 'every = "30s"\nconsistency = "good"', 11, ["consistency", "good"]),
         ("https://localhost:8443", "http://localhost:8443", 9, ["https://host:port"]),
         ("https://localhost:8443", "localhost:8443", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://[::1", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://a..b:1", 9, ["https://host:port"]),
+        ("https://localhost:8443", f"https://{'a' * 70}.example", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://localhost:99999", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://localhost:x", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://localhost:", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://local host", 9, ["https://host:port"]),
+        ("https://localhost:8443", "https://localhost#x", 9, ["https://host:port"]),
+        ('image = "web-1.vhd"', 'image = "web\\u0000"', 13, ["machine.disk.image", "NUL"]),
+        ('state = "state/"', 'state = "a\\u0000b"', 2, ["state", "NUL"]),
+        ('ca = "pki/ca.crt"', 'ca = "\\u0000"', 4, ["tls.ca", "NUL"]),
+        ('every = "30s"', 'every = "30s"\nfreeze = []\nthaw = "x"', 11, ["machine.freeze"]),
+        ('every = "30s"', 'every = "30s"\nfreeze = ["a\\u0000"]\nthaw = "x"', 11, ["machine.freeze", "NUL"]),
+        ('name = "os"', f'name = "{"d" * 129}"', 12, ["128 bytes"]),
+        ('state = "state/"', 'state = "s"\nparallel = 17', 3, ["parallel"]),
         ('name = "hv-1"\n', "", None, ["`name` is missing"]),
         ('state = "state/"', "state = [", 3, ["broken TOML"]),
         ("[[machine.disk]]", "[machine.disk]", 11, ["machine.disk", "[[machine.disk]]"]),
@@ -162,6 +177,14 @@ def test_a_mistake_in_a_sender_is_named(tmp_path: Path, old: str, new: str, line
     [
         ("127.0.0.1:8443", "8443", 1, ["host:port"]),
         ("127.0.0.1:8443", "127.0.0.1:99999", 1, ["host:port"]),
+        ("127.0.0.1:8443", "[::", 1, ["host:port"]),
+        ("127.0.0.1:8443", "[::1:8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", "[[::1]]:8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", "[localhost]:8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", "a..b:8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", f"{'a' * 70}:8443", 1, ["host:port"]),
+        ("127.0.0.1:8443", "\\u0000:8443", 1, ["listen", "NUL"]),
+        ('path = "replicas/"', 'path = "\\u0000"', 8, ["storage.path", "NUL"]),
         ("keep_last = 24", "keep_last = 0", 14, ["retention.keep_last", ">= 1"]),
         ("keep_last = 24", 'keep_last = "24"', 14, ["retention.keep_last", "int"]),
         ("keep_last", "keep_lst", 14, ["`keep_last`"]),
@@ -231,3 +254,16 @@ def test_addresses_to_listen_on(text: str, expected: tuple[str, int]) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="no address"):
         parse_listen(text)
+
+
+def test_a_file_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    error = sender_error(tmp_path, "a = " + "[" * 5000)
+    assert "sender.toml" in str(error)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "dr-1.example.org", "dr_1.example.", "192.0.2.7", "[2001:db8::1]", "m\u00fcller.example"]
+)
+def test_addresses_that_are_good(host: str) -> None:
+    assert parse_url(f"https://{host}:8443/") == f"https://{host}:8443"
+    assert parse_listen(f"{host}:8443") == (host.strip("[]"), 8443)

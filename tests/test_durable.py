@@ -329,5 +329,4 @@ def test_a_file_can_be_handed_over(tmp_path: Path) -> None:
     with File(os.open(tmp_path / "x", os.O_RDONLY), tmp_path / "x") as file:
         assert file.read(1, 5) == b"bc"
         assert os.fstat(file.fileno()).st_size == 3
-        file.sequential()
         file.drop_cache()

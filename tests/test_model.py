@@ -55,13 +55,13 @@ def test_a_state_returns_from_json() -> None:
     assert len({whole, state(disk(1)), whole}) == 2
 
 
-@pytest.mark.parametrize("name", ["os", "web-1", "Data_2 old.img", "ä", "a" * 255])
+@pytest.mark.parametrize("name", ["os", "web-1", "Data_2 old.img", "ä", "a" * 128])
 def test_names_that_are_allowed(name: str) -> None:
     assert check_name(name, "machine name") == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a\n", " a", "a ", "a" * 256, "ä" * 128, "a:b", "\u202ea"]
+    "name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a\n", " a", "a ", "a" * 129, "ä" * 65, "a:b", "\u202ea"]
 )
 def test_names_that_would_be_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="machine name"):

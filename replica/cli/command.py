@@ -36,6 +36,13 @@ class Command(click.Command):
             if ctx.params.get("as_json"):
                 print_json({"error": error_fields(error)})
             raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params.get("as_json"):
+                hint = "run again with --debug and report it"
+                print_json({"error": error_fields(ReplicaError(f"fault in the engine: {error!r}", hint=hint))})
+            raise
 
 
 def _debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -14,7 +14,7 @@ import click
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
 from replica.cli.output import complain, duration, error_fields, print_json, size
-from replica.errors import UnknownMachineError
+from replica.errors import BusyError, UnknownMachineError
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
@@ -73,9 +73,6 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
     client_context(spec.tls)
     with stopping() as stop, bars(as_json) as bar:
         outcomes = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop)
-    if stop.number:
-        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
-        return 128 + stop.number
     if as_json:
         print_json([_entry(outcome) for outcome in outcomes])
     for outcome in outcomes:
@@ -83,6 +80,9 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
             complain(outcome.error, outcome.machine)
         elif outcome.result is not None and not as_json:
             click.echo(_line(outcome.result))
+    if stop.number:
+        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
+        return 128 + stop.number
     return next((outcome.error.exit_code for outcome in outcomes if outcome.error is not None), 0)
 
 
@@ -106,7 +106,9 @@ def _entry(outcome: Outcome) -> dict[str, object]:
     if outcome.error is not None:
         return {"machine": outcome.machine, "error": error_fields(outcome.error)}
     result = outcome.result
-    assert result is not None
+    if result is None:
+        stopped = BusyError("the cycle was stopped by a signal", hint="run it again to go on")
+        return {"machine": outcome.machine, "error": error_fields(stopped)}
     return {
         "machine": result.machine,
         "point": result.point,

@@ -42,6 +42,9 @@ def format_of(path: Path, format: str | None = None) -> str:
     with image_errors(path):
         if path.is_block_device():
             return "raw"
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "neither a file nor a block device"
+            raise ImageError(f"image {path} is {kind}", hint="name the image file itself in the configuration")
     extension = path.suffix.lower()
     if extension in _UNSUPPORTED:
         raise ImageError(f"image {path}: {extension} images are not supported yet", hint=_UNSUPPORTED[extension])

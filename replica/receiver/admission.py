@@ -56,7 +56,10 @@ def authorise(allow: Sequence[AllowSpec], identity: str) -> AllowSpec:
 
 
 def unknown(replica_id: ReplicaId) -> UnknownMachineError:
-    return UnknownMachineError(f"the receiver has no replica {replica_id}", hint="enrol it, or look for it elsewhere")
+    return UnknownMachineError(
+        f"the receiver has no replica {replica_id}",
+        hint="put its directory back, or move <state>/<machine>/ away at the sender to make a new first copy",
+    )
 
 
 def check_owner(owner: str, identity: str, replica_id: ReplicaId) -> None:

@@ -6,7 +6,7 @@ call the session in a worker thread, encode the answer. Decisions are the
 session's; nothing here knows a replica. Whatever
 fails is answered as `application/problem+json` and logged as one line.
 
-See docs/PROTOCOL.md and docs/openapi.yaml for what the requests mean.
+See docs/PROTOCOL.md and docs/openapi.json for what the requests mean.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def restore_point(
     done = 0
     try:
         for disk in point.disks:
-            temporary = written[disk.name] = target / f".{disk.name}.{os.urandom(4).hex()}.partial"
+            temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
                 _write_disk(fs, point, disk, temporary, format, _from(progress, done, total))
             except DamageError as error:

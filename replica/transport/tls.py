@@ -94,13 +94,17 @@ Certificate = Mapping[str, object]
 def identity_of(certificate: Certificate | None) -> str:
     """The identity in a verified peer certificate, as `getpeercert()` gives it: its one common name.
 
-    Raises ForbiddenError if there is none or more than one.
+    Raises ForbiddenError if there is none or more than one, or one that does not print: names stand in logs.
     """
     subject = (certificate or {}).get("subject", ())
     assert isinstance(subject, tuple)
     names = [value for part in subject for key, value in part if key == "commonName"]
     if len(names) != 1 or not isinstance(names[0], str) or not names[0]:
         raise ForbiddenError("the client's certificate does not have exactly one common name (CN)")
+    if not names[0].isprintable():
+        raise ForbiddenError(
+            f"the client's certificate has a common name with characters that do not print: {names[0]!a}"
+        )
     return names[0]
 
 

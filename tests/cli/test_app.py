@@ -19,6 +19,11 @@ from replica import __version__
 from replica.cli.app import cli, run
 from replica.cli.command import Command, json_option
 from replica.errors import SourceBusyError
+from replica.model import Consistency, ReplicaId, random_id
+from replica.primary import runner
+from replica.primary.cycle import SyncResult
+from replica.primary.runner import Outcome
+from replica.transport import tls
 
 COMMANDS = ["pki", "points", "restore", "run", "serve", "status", "sync", "verify"]
 REPLICA = [sys.executable, "-m", "replica"]
@@ -128,6 +133,9 @@ def test_a_fault_in_the_engine_is_one_line_and_1() -> None:
     assert done.stderr == (
         "replica: fault in the engine: ZeroDivisionError: of course; run again with --debug and report it\n"
     )
+    done = subprocess.run([sys.executable, "-c", program, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "internal"
     done = subprocess.run([sys.executable, "-c", program, "--debug"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -195,3 +203,32 @@ def test_sigterm_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=10)
     assert process.returncode == 143
     assert "Traceback" not in err
+
+
+def test_an_interrupted_sync_still_prints_its_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One machine's point is committed, the other's cycle is stopped: both are told, and the code is the signal's."""
+
+    def interrupted(*_: object, **__: object) -> list[Outcome]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [
+            Outcome(
+                "a",
+                result=SyncResult(
+                    "a", ReplicaId(random_id()), 1, 1_000, Consistency.CRASH, "first", 10, 10, 20, 0.1, {}
+                ),
+            ),
+            Outcome("b"),
+        ]
+
+    monkeypatch.setattr(runner, "sync_machines", interrupted)
+    monkeypatch.setattr(tls, "client_context", lambda _files: None)
+    text = 'name = "hv-1"\nstate = "s"\n[tls]\nca = "c"\ncert = "c"\nkey = "k"\n'
+    for name in ("a", "b"):
+        text += f'[[machine]]\nname = "{name}"\nto = "https://h"\n[[machine.disk]]\nname = "os"\nimage = "a.img"\n'
+    (tmp_path / "sender.toml").write_text(text)
+    assert run(["sync", "--json", "-c", str(tmp_path / "sender.toml")]) == 143
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["machine"], first["point"]) == ("a", 1)
+    assert (second["machine"], second["error"]["code"]) == ("b", "busy")

@@ -212,7 +212,8 @@ CN = (("commonName", "hv-1"),)
 @pytest.mark.parametrize(
     "certificate",
     [None, {}, {"subject": ()}, {"subject": ((("organizationName", "hv-1"),),)}, {"subject": (CN, CN)},
-     {"subject": ((("commonName", ""),),)}],
+     {"subject": ((("commonName", ""),),)}, {"subject": ((("commonName", "hv-1\nERROR forged"),),)},
+     {"subject": ((("commonName", "hv-1\u200b"),),)}, {"subject": ((("commonName", "hv-1\0.evil"),),)}],
 )  # fmt: skip
 def test_an_identity_is_exactly_one_common_name(certificate: dict[str, object] | None) -> None:
     with pytest.raises(ForbiddenError):
