@@ -233,14 +233,14 @@ def test_a_head_that_does_not_come_is_given_up(pki: Pki, tmp_path: Path, monkeyp
 
 def is_reset(port: int) -> bool:
     """Whether one more connection is thrown out before a word of TLS; an accepted one waits for the client."""
-    with socket.create_connection(("127.0.0.1", port), 20) as plain:
-        plain.settimeout(0.5)
-        try:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 20) as plain:
+            plain.settimeout(0.5)
             return plain.recv(1) == b""
-        except TimeoutError:
-            return False
-        except ConnectionResetError:
-            return True
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 def test_connections_are_counted_before_their_handshake(
