@@ -341,6 +341,7 @@ def test_the_end_does_not_wait_for_storage_that_hangs(
     made.loopback.stop()
     assert time.monotonic() - started < 10
     go_on.set()
+    made.client.close()
 
 
 def test_many_large_bodies_at_once_stay_within_the_budget(
