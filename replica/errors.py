@@ -150,6 +150,8 @@ class RootMismatchError(DamageError):
 class TrackerDamageError(DamageError):
     """What a sender remembers of a disk does not fit together; reading the disk anew heals it."""
 
+    code, exit_code, status, retryable = "tracker-damage", 11, 409, True
+
 
 class KeyMissingError(DamageError):
     """The data key that sealed a file is not in the key directory, or is another one."""
