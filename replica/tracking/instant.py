@@ -41,10 +41,10 @@ import msgspec
 
 from replica import documents
 from replica.durable import FileSystem
-from replica.errors import ConfigError, FormatError, FreezeError
+from replica.errors import ConfigError, FormatError, FreezeError, SourceBusyError
 from replica.model import Consistency
 from replica.tracking.guard import THAW_AGAIN_SECONDS, THAW_LIMIT_SECONDS, Answer, Guard
-from replica.tracking.still import StandStill
+from replica.tracking.still import StandStill, take_stamp
 
 if TYPE_CHECKING:
     from replica.bitmap import DirtyBitmap
@@ -234,6 +234,8 @@ class _FrozenSnapshot:
             if not answer.frozen:
                 raise FreezeError(f"freezing machine {machine!r} failed: {answer.failure}")
             self.paths = snapshot_paths(images, answer.output)
+            live = [path for disk, path in self.paths.items() if path == images[disk] and path.is_file()]
+            self._live = {path: take_stamp(path) for path in live}
             self.frozen_at_ns = time.time_ns()
         except BaseException:
             self._release()
@@ -252,8 +254,14 @@ class _FrozenSnapshot:
             raise FreezeError(f"the watchdog process of machine {self._machine!r} was killed: no point can be made")
 
     def finish(self) -> None:
+        written = [path for path, stamp in self._live.items() if take_stamp(path) != stamp]
         if self._release() != "request":
             raise self._too_long()
+        if written:
+            raise SourceBusyError(
+                f"image {written[0]} was written although machine {self._machine!r} was frozen: no point was made",
+                hint="let `freeze` stop whatever writes to it, or take a snapshot and print disk=/path of it",
+            )
 
     def _release(self) -> str:
         """Thaw; what made the watchdog do it. FreezeError if the thaw failed: the guest may hang."""
@@ -320,19 +328,30 @@ def environment_of(machine: str, images: Mapping[str, Path]) -> dict[str, str]:
 def snapshot_paths(images: Mapping[str, Path], output: str) -> dict[str, Path]:
     """Where to read each disk: where the freeze command's output says `disk-name=/path`, else its image.
 
-    Lines that name no disk are ignored: commands say many things. FreezeError if a named path is not absolute.
+    Commands say many things, so other lines are ignored; but one that says where *something* is, while no disk is
+    named or but for upper and lower case one is, was meant for a disk and missed it. FreezeError then, and if the
+    path of a disk is not absolute.
     """
-    paths = dict(images)
+    named: dict[str, Path] = {}
+    others: list[str] = []
+    folded = {name.casefold() for name in images}
     for line in output.splitlines():
         name, equals, path = line.strip().partition("=")
-        if not equals or name not in images:
-            continue
-        if not path.startswith("/"):
-            raise FreezeError(
-                f"the freeze command names {path!r} for disk {name!r}", hint="print an absolute path: name=/path"
-            )
-        paths[name] = Path(path)
-    return paths
+        if equals and name in images:
+            if not path.startswith("/"):
+                raise FreezeError(
+                    f"the freeze command names {path!r} for disk {name!r}", hint="print an absolute path: name=/path"
+                )
+            named[name] = Path(path)
+        elif equals and path.startswith("/"):
+            others.append(name)
+    missed = [name for name in others if name.casefold() in folded] or ([] if named else others)
+    if missed:
+        raise FreezeError(
+            f"the freeze command names a path for {missed[0]!r}, which is no disk of the machine",
+            hint=f"print disk=/path for these disks: {', '.join(images)}; nothing else it says may look like that",
+        )
+    return {**images, **named}
 
 
 def marked(fs: FileSystem, directory: Path) -> bool:

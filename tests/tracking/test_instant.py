@@ -391,6 +391,27 @@ def test_snapshot_paths_are_absolute() -> None:
         snapshot_paths({"os": Path("/a")}, "os=snap.raw")
 
 
+def test_a_path_that_was_meant_for_a_disk_is_never_overlooked() -> None:
+    disks = {"os": Path("/a"), "data": Path("/b")}
+    assert snapshot_paths(disks, "LVM_DIR=/etc\nos=/snap\n") == {"os": Path("/snap"), "data": Path("/b")}
+    assert snapshot_paths(disks, "done\nx=1\n") == disks
+    for said in ("OS=/snap", "os=/snap\nDATA=/snap", "foo=/snap"):
+        with pytest.raises(FreezeError, match="no disk of the machine.*os, data"):
+            snapshot_paths(disks, said)
+
+
+def test_an_image_that_is_written_while_frozen_makes_no_point(image: Path, state: Path, tmp_path: Path) -> None:
+    spec = FreezeSpec("true", f"echo thawed > {tmp_path}/thawed")
+    with (
+        pytest.raises(SourceBusyError, match="although machine 'm' was frozen"),
+        freeze(FS, state, "m", {"os": image}, spec) as snapshot,
+    ):
+        with image.open("r+b") as file:
+            file.write(b"a writer that freeze did not stop")
+        snapshot.finish()
+    assert (tmp_path / "thawed").exists()
+
+
 def test_without_commands_the_source_must_stand_still(image: Path, state: Path) -> None:
     with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(consistency=Consistency.APPLICATION)) as snapshot:
         assert snapshot.consistency is Consistency.CRASH, "nothing made the application consistent"
