@@ -117,9 +117,11 @@ class File:
         if length <= 0:
             return
         flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(self._fd, flags, offset, length) == 0:
-            return
-        number = ctypes.get_errno()
+        number = errno.EINTR
+        while number == errno.EINTR:
+            if _libc.fallocate(self._fd, flags, offset, length) == 0:
+                return
+            number = ctypes.get_errno()
         with _named("punch a hole into", self.path):
             if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise OSError(number, os.strerror(number))
@@ -240,7 +242,7 @@ class FileSystem:
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                     raise
-                os.rename(temporary, final)
+                os.rename(temporary, final)  # a file system without hard links; nobody else writes there
             else:
                 os.unlink(temporary)
         self.sync_directory(final.parent)

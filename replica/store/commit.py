@@ -19,7 +19,7 @@ Recovery, whenever a replica is opened or a commit failed in the middle:
   are done again from incoming (they are idempotent) and that inverse is kept;
   one is never derived from a half-written head. If the redo cannot succeed, the
   inverse is applied instead, and is garbage only when the head is the old state
-  again, durably.
+  again, durably; it is removed before `applying` is cleared.
 - `applying` set, no inverse: the head is untouched; `applying` is cleared.
 
 What recovery relies on is synced again before it acts, because a file seen
@@ -47,7 +47,8 @@ from replica.delta import (
     write,
 )
 from replica.durable import FileSystem
-from replica.errors import BaseMismatchError, DamageError, ProtocolError, ReplicaError
+from replica.errors import BaseMismatchError, DamageError, ImageError, ProtocolError, ReplicaError, StorageError
+from replica.images.flat import FlatImage
 from replica.model import DeltaId, Epoch, State, random_id
 from replica.progress import Progress, silent
 from replica.store.head import FileHead
@@ -84,12 +85,17 @@ class Committer:
             with FileHead.open(self._fs, self._layout, self.state.head, self._head_format) as head:
                 temporary = self._layout.points / f".{delta_id}.{os.urandom(4).hex()}.tmp"
                 try:
+                    self._check_writable(delta)
                     self._seal_inverse(head, delta, temporary, progress)
                 except BaseException:
                     self._fs.unlink(temporary)
                     raise
                 self._set_state(self.state.head, applying=delta_id)
-                self._fs.publish(temporary, self._layout.point(delta_id))
+                try:
+                    self._fs.publish(temporary, self._layout.point(delta_id))
+                except StorageError:
+                    self._take_back(delta_id)
+                    raise
                 with self._open(self._layout.point(delta_id)) as inverse:
                     self._rewrite(head, delta, inverse)
         self._fs.unlink(final_path(self._layout, delta_id))
@@ -140,6 +146,24 @@ class Committer:
         if result.point != head.point + 1:
             raise ProtocolError(f"delta {delta.delta_id} makes point {result.point} after point {head.point}")
 
+    def _check_writable(self, delta: DeltaFileReader) -> None:
+        """A disk that this storage cannot hold is refused while nothing has changed (ImageError, StorageError)."""
+        for change in delta.disks:
+            if change.after is None or (change.before and change.before.size_bytes >= change.after.size_bytes):
+                continue
+            probe = self._layout.head / f".{os.urandom(4).hex()}.probe"
+            try:
+                size, disk_id = change.after.size_bytes, change.disk_id
+                FlatImage.create(self._fs, probe, self._head_format, size, disk_id).close()
+            finally:
+                self._fs.unlink(probe)
+
+    def _take_back(self, applying: DeltaId) -> None:
+        """The inverse's name may not be durable, and after a failed sync nobody can make sure: the head is untouched
+        yet, so `applying` is cleared, and only then the inverse goes."""
+        self._set_state(self.state.head)
+        self._fs.unlink(self._layout.point(applying))
+
     def _seal_inverse(self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress) -> None:
         """Pass 1. Afterwards `temporary` is a complete, synced inverse and the resulting roots are proven."""
         state = self.state
@@ -149,9 +173,11 @@ class Committer:
             prepare(head, delta, writer.add, progress)
             writer.finish(base=delta.result, result=delta.base)
 
-    def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta) -> None:
+    def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta, *, garbage: Path | None = None) -> None:
         """Passes 2 and 3 and the state: what follows once the inverse is in place. Idempotent.
 
+        `garbage` is a file that nobody needs once the head is durable. It goes before `applying` is cleared: without
+        it, a set `applying` means an untouched head, which is what the head is again.
         RootMismatchError if what was read back is not what the delta names.
         """
         with self._fs.lock(self._layout.head_lock, wait=True):
@@ -159,6 +185,8 @@ class Committer:
             head.flush()
             settle(head, delta, inverse)
             head.sync()
+            if garbage is not None:
+                self._fs.unlink(garbage)
             self._set_state(delta.result)
 
     def _finish_or_undo(self, applying: DeltaId) -> None:
@@ -170,8 +198,7 @@ class Committer:
                 pass
             elif inverse is not None and inverse.result == self.state.head and inverse.base.delta_id == applying:
                 with self._interrupted_head(inverse.base) as head:
-                    self._rewrite(head, inverse, _AllData(inverse))
-                self._fs.unlink(self._layout.point(applying))
+                    self._rewrite(head, inverse, _AllData(inverse), garbage=self._layout.point(applying))
             else:
                 raise DamageError(
                     f"the commit of delta {applying} in {self._layout.root} was cut, and neither the delta nor its "
@@ -209,7 +236,7 @@ class Committer:
         with self._interrupted_head(delta.result) as head:
             try:
                 self._rewrite(head, delta, inverse if inverse is not None else _AllData(delta))
-            except DamageError:
+            except (DamageError, ImageError):
                 return False
         return True
 

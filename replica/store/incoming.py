@@ -33,7 +33,7 @@ from replica.delta import HEADER_BYTES, DeltaFileReader, Keyring, decode_header
 from replica.delta.manifest import MAX_SEGMENTS
 from replica.delta.segment import MAX_BLOB_BYTES
 from replica.durable import File, FileSystem
-from replica.errors import ConflictError, FormatError, ProtocolError
+from replica.errors import ConflictError, FormatError, ProtocolError, ReplicaError
 from replica.model import DeltaId
 from replica.store.layout import Layout
 
@@ -75,8 +75,8 @@ class Incoming:
         """Take up the part file of `header`'s delta, or make it. ConflictError if it was begun with another header."""
         delta_id = decode_header(header).delta_id
         part, index = part_path(layout, delta_id), index_path(layout, delta_id)
-        if fs.exists(part) and fs.exists(index):
-            incoming = cls.resume(fs, layout, delta_id)
+        incoming = cls._resume_whole(fs, layout, delta_id) if fs.exists(part) and fs.exists(index) else None
+        if incoming is not None:
             if incoming.header == header:
                 return incoming
             incoming.close()
@@ -92,6 +92,14 @@ class Incoming:
             incoming = cls(fs, layout, delta_id, data, fs.create(index), header)
             undo.pop_all()
         return incoming
+
+    @classmethod
+    def _resume_whole(cls, fs: FileSystem, layout: Layout, delta_id: DeltaId) -> Incoming | None:
+        """None if a power cut left not even the header: then nothing of it was worth keeping."""
+        try:
+            return cls.resume(fs, layout, delta_id)
+        except FormatError:
+            return None
 
     @classmethod
     def resume(cls, fs: FileSystem, layout: Layout, delta_id: DeltaId) -> Incoming:
@@ -182,14 +190,20 @@ class Incoming:
         """
         if not HEADER_BYTES <= tail_offset <= MAX_DELTA_BYTES:
             raise ProtocolError(f"manifest at offset {tail_offset} is out of bounds")
-        self._data.truncate(tail_offset)
-        self._data.write(tail_offset, tail)
-        with DeltaFileReader(self._fs.open(self._data.path), keyring) as reader:
-            self._check_complete(reader)
+        with self._mutex:  # no segment may be written any more, and none may be under way when the files are closed
+            self._closed = True
+            self._mutex.wait_for(lambda: self._writing == 0)
+        try:
+            self._data.truncate(tail_offset)
+            self._data.write(tail_offset, tail)
+            with DeltaFileReader(self._fs.open(self._data.path), keyring) as reader:
+                self._check_complete(reader)
+        except ReplicaError:
+            self._closed = False
+            raise
         self._data.sync()
-        self._index.close()
         self._fs.publish(self._data.path, final_path(self._layout, self.delta_id))
-        self._data.close()
+        self.close()
         self._fs.unlink(index_path(self._layout, self.delta_id))
 
     def _check_complete(self, reader: DeltaFileReader) -> None:

@@ -19,8 +19,11 @@ from replica import documents
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
-from replica.model import DeltaId, State
+from replica.model import State
 from replica.store.layout import Layout, StoreState
+
+LOOKS = 100
+"""How often the directory is looked at until nothing changed meanwhile; the last look counts whatever it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +47,46 @@ class PointInfo:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A consistent look at the points: `links[0]` leads from the newest state to the one before."""
+    """A consistent look at the points: `links[0]` leads from the newest state to the one before.
+
+    `torn`: the head may be half written and the inverse that covers it cannot be read, so nothing that needs
+    the head can be read until a receiver has finished that commit.
+    """
 
     state: StoreState
     links: tuple[Link, ...]
     strays: tuple[Link, ...]
+    torn: bool
+
+    @property
+    def top(self) -> State:
+        """The state that the head's bytes belong to: while a delta is applied, the one it makes."""
+        return self.links[0].base if self.links else self.state.head
+
+    @property
+    def undoing(self) -> Link | None:
+        """The inverse of what is being applied."""
+        return self.links[0] if self.links and self.links[0].result == self.state.head else None
 
     def to(self, point: int | None) -> tuple[State, tuple[Link, ...]] | None:
         """A point's state and the links that lead to it, nearest the point first; None if it is not there."""
         head = self.state.head
-        found: list[Link] = []
-        if self.links and self.links[0].result == head:
-            found.append(self.links[0])
+        found = [self.undoing] if self.undoing is not None else []
         if not head.is_empty and point in (None, head.point):
             return head, tuple(found)
         for link in self.links[len(found) :]:
             found.insert(0, link)
             if link.result.point == point and not link.result.is_empty:
                 return link.result, tuple(found)
+        return None
+
+    def since(self, top: State) -> tuple[Link, ...] | None:
+        """The links between `top` and the head, nearest `top` first; None if `top` is not on the chain (any more)."""
+        if top == self.top:
+            return ()
+        for index, link in enumerate(self.links):
+            if link.result == top:
+                return self.links[index::-1]
         return None
 
 
@@ -105,20 +130,22 @@ class PointIndex:
             if self._fs.exists(path):  # else it was rotated out just now
                 raise
 
-    def leading_to(self, state: DeltaId) -> list[Link]:
-        """The inverses whose result is this state: more than none once something newer was applied."""
-        return [link for link in self.links() if link.result.delta_id == state]
-
     def chain(self) -> Chain:
         """Look at state and links until they belong together (a commit or a rotation may be under way)."""
-        while True:
-            before = documents.load(self._fs, self._layout.state, StoreState)
+        for _ in range(LOOKS):
+            before = self._look()
             links = self.links()
-            if documents.load(self._fs, self._layout.state, StoreState) == before:
-                return _assemble(before, links)
+            chain = _assemble(before[0], links, torn=str(before[0].applying) in self._damaged)
+            if self._look() == before:
+                break
+        return chain
+
+    def _look(self) -> tuple[StoreState, list[str]]:
+        state = documents.load(self._fs, self._layout.state, StoreState)
+        return state, [name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")]
 
 
-def _assemble(state: StoreState, links: list[Link]) -> Chain:
+def _assemble(state: StoreState, links: list[Link], *, torn: bool) -> Chain:
     by_base = {link.base.delta_id: link for link in links}
     found: list[Link] = []
     if state.applying is not None:
@@ -129,4 +156,4 @@ def _assemble(state: StoreState, links: list[Link]) -> Chain:
     while (link := by_base.get(current.delta_id)) is not None and link.base == current:
         found.append(by_base.pop(current.delta_id))
         current = link.result
-    return Chain(state, tuple(found), tuple(by_base.values()))
+    return Chain(state, tuple(found), tuple(by_base.values()), torn)

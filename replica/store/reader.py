@@ -18,7 +18,7 @@ A pin keeps the point from being rotated out while it is open (`pins`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Self
 
 from replica import documents
 from replica.delta import ChainReader, DeltaFileReader, Keyring
+from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import FileSystem
 from replica.errors import DamageError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
@@ -72,7 +73,7 @@ class ReplicaReader:
         chain = self._index.chain()
         head = chain.state.head
         infos = [
-            PointInfo(link.result, link.stored_bytes, True)
+            PointInfo(link.result, link.stored_bytes, not chain.torn)
             for link in chain.links
             if not link.result.is_empty and link.result != head
         ]
@@ -103,9 +104,8 @@ class ReplicaReader:
 
     def _head_usable(self, chain: Chain) -> bool:
         """Whether every image is there that the newest point is read from (while it is being undone: fewer)."""
-        below = chain.links[0].base if chain.links and chain.links[0].result == chain.state.head else chain.state.head
-        kept = [entry.disk.id for entry in chain.state.head.disks if below.disk(entry.disk.id) is not None]
-        return all(self._fs.exists(self.layout.image(disk_id)) for disk_id in kept)
+        kept = [entry.disk.id for entry in chain.state.head.disks if chain.top.disk(entry.disk.id) is not None]
+        return not chain.torn and all(self._fs.exists(self.layout.image(disk_id)) for disk_id in kept)
 
     def open_point(self, number: int | None = None) -> PointReader:
         """Open a point (the newest without a number), pinned. PointGoneError if it is not listed."""
@@ -115,8 +115,7 @@ class ReplicaReader:
             with ExitStack() as undo:
                 undo.callback(lock.release)
                 chain = self._index.chain()
-                found = chain.to(state.point)
-                if found is None and number is None:
+                if chain.to(state.point) is None and number is None:
                     continue
                 state, links = self._find(chain, state.point)
                 reader = PointReader(self._fs, self.layout, self._keyring, self.identity.head_format, state, links)
@@ -131,6 +130,7 @@ class ReplicaReader:
     def _find(self, chain: Chain, number: int | None) -> tuple[State, tuple[Link, ...]]:
         found = chain.to(number)
         if found is not None:
+            _refuse_torn(chain, self.layout)
             return found
         machine = self.identity.machine
         if chain.state.head.is_empty:
@@ -145,6 +145,19 @@ class ReplicaReader:
         raise PointGoneError(
             f"machine {machine!r} has no point {number}", hint=f"its points are {min(numbers)} to {max(numbers)}"
         )
+
+
+def _refuse_torn(chain: Chain, layout: Layout) -> None:
+    if chain.torn:
+        raise DamageError(
+            f"the head in {layout.root} may be half written: a commit was cut, and {layout.points} does not hold "
+            "a readable inverse of it",
+            hint="start 'replica serve', which finishes the commit if the delta is still there",
+        )
+
+
+class _MovedError(Exception):
+    """What a reader took for the way to the head is not any more: a commit that it saw was rolled back."""
 
 
 class PointReader:
@@ -169,16 +182,19 @@ class PointReader:
         self._resources = ExitStack()
         self._images: dict[DiskId, FlatImage] = {}
         try:
-            layers = [self._open_layer(link) for link in links]
-            self._top = links[-1].base if links else state
-            self._open_images()
-            self._chain = ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
+            self._chain = self._connect(links)
         except BaseException:
             self.close()
             raise
 
-    def on_close(self, callback: object) -> None:
-        assert callable(callback)
+    def _connect(self, links: tuple[Link, ...]) -> ChainReader:
+        """Open what lies between the point and the head. What was open before stays open until `close`."""
+        layers = [self._open_layer(link) for link in links]
+        self._top = links[-1].base if links else self.state
+        self._open_images()
+        return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
         self._resources.callback(callback)
 
     def close(self) -> None:
@@ -199,11 +215,35 @@ class PointReader:
 
         Raises DamageError (an inverse is damaged), StorageError, ValueError (outside the disk).
         """
-        self._chain.read_into(disk_id, offset, buffer)
+        while True:
+            chain = self._chain
+            try:
+                return chain.read_into(disk_id, offset, buffer)
+            except _MovedError:
+                self._connect_again(chain)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Half-open ranges (start, stop) that may hold anything but zeros."""
-        return self._chain.allocated(disk_id, start, stop)
+        """Half-open ranges (start, stop) that may hold anything but zeros, ascending; they may touch."""
+        for begin in range(start, stop, ALLOCATED_BYTES):
+            while True:
+                chain = self._chain
+                try:
+                    ranges = list(chain.allocated(disk_id, begin, min(begin + ALLOCATED_BYTES, stop)))
+                    break
+                except _MovedError:
+                    self._connect_again(chain)
+            yield from ranges
+
+    def _connect_again(self, seen: ChainReader) -> None:
+        with self._mutex:
+            if self._chain is not seen:
+                return
+            chain = self._index.chain()
+            _refuse_torn(chain, self._layout)
+            found = chain.to(self.state.point)
+            if found is None or found[0] != self.state:
+                raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
+            self._chain = self._connect(found[1])
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
@@ -227,11 +267,11 @@ class PointReader:
     def _newer(self) -> list[DeltaFileReader]:
         """Layers for what was applied since the last look, nearest the point first."""
         with self._mutex:
-            found: list[DeltaFileReader] = []
-            while links := self._index.leading_to(self._top.delta_id):
-                link = links[0]
-                if link.result != self._top:
-                    raise DamageError(f"{link.path} leads to a state that only looks like the point's")
-                found.append(self._open_layer(link))
-                self._top = link.base
-            return found
+            chain = self._index.chain()
+            _refuse_torn(chain, self._layout)
+            links = chain.since(self._top)
+            if links is None:
+                raise _MovedError
+            layers = [self._open_layer(link) for link in links]
+            self._top = chain.top
+            return layers

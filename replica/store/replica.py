@@ -17,6 +17,7 @@ a time, and a call that would have to wait for it raises BusyError instead.
 
 from __future__ import annotations
 
+import hmac
 import threading
 from pathlib import Path
 from uuid import UUID
@@ -58,6 +59,7 @@ class ReplicaStore:
         self._working = threading.Lock()
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
+        self._closed = False
         self._load()
 
     @classmethod
@@ -89,16 +91,17 @@ class ReplicaStore:
         lock = _take_lock(fs, layout)
         try:
             store = cls(fs, layout, lock, read_identity(fs, layout))
+            store._attempt_recovery()
         except BaseException:
             lock.release()
             raise
-        store._attempt_recovery()
         return store
 
     def _load(self) -> None:
-        """Read `state`; it counts only after its directory was synced (a crash may have left it in the cache)."""
-        self._fs.sync_directory(self._layout.root)
+        """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
+        a further one says nothing about what was written before it."""
         state = documents.load(self._fs, self._layout.state, StoreState)
+        documents.save(self._fs, self._layout.state, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
@@ -116,8 +119,12 @@ class ReplicaStore:
             self.stopped = None
 
     def close(self) -> None:
-        """Release the lock. Nothing is lost by not calling it."""
-        with self._mutex:
+        """Let a running commit end, and release the lock. Nothing is lost by not calling it; idempotent.
+
+        Every later call raises BusyError.
+        """
+        with self._working, self._mutex:
+            self._closed = True
             if self._incoming is not None:
                 self._incoming.close()
                 self._incoming = None
@@ -153,12 +160,12 @@ class ReplicaStore:
         return next(iter(held(self._fs, self._layout).values()), None)
 
     def has_key(self, key: DataKey) -> bool:
-        """Whether exactly this key is here; KeyMissingError if another one has its id."""
+        """Whether exactly this key is here."""
         try:
             present = self._keyring.get(key.id)
         except KeyMissingError:
             return False
-        return present == key
+        return hmac.compare_digest(present.secret, key.secret)
 
     # --- receiving ---
 
@@ -175,7 +182,11 @@ class ReplicaStore:
             if not self._working.acquire(blocking=False):
                 raise self._busy()
             try:
-                self._committer.set_epoch(Epoch(expected.counter + 1, holder))
+                try:
+                    self._committer.set_epoch(Epoch(expected.counter + 1, holder))
+                except StorageError as error:
+                    self.stopped = error  # which epoch the file names is in doubt until it was written again
+                    raise
                 self._drop_incoming()
                 discard_all(self._fs, self._layout)
             finally:
@@ -230,6 +241,7 @@ class ReplicaStore:
     def _open_incoming(self, delta_id: DeltaId) -> Incoming:
         """The open delta; after a restart of this process, the one on disk is taken up again."""
         with self._mutex:
+            self._ensure_open()
             if self.stopped is not None:
                 raise self.stopped
             if self._incoming is None or self._incoming.delta_id != delta_id:
@@ -259,6 +271,7 @@ class ReplicaStore:
     def discard(self, delta_id: DeltaId) -> None:
         """Forget a delta that was not committed; BusyError while it is being applied."""
         with self._mutex:
+            self._ensure_open()
             if self.receiving != delta_id:
                 return
             if self._working.locked() or self.applying is not None:
@@ -281,16 +294,17 @@ class ReplicaStore:
         untouched. Any other failure may stop the replica until it recovers.
         """
         with self._mutex:
+            self._ensure_open()
             if self.head.delta_id == delta_id and self.applying is None and self.stopped is None:
                 return self.head
             self._ensure_running()
             if self.head.delta_id == delta_id:
                 return self.head
+            if not self._fs.exists(final_path(self._layout, delta_id)):
+                raise ProtocolError(f"delta {delta_id} was not received", hint="begin it and send its segments")
             if not self._working.acquire(blocking=False):
                 raise self._busy()
         try:
-            if not self._fs.exists(final_path(self._layout, delta_id)):
-                raise ProtocolError(f"delta {delta_id} was not received", hint="begin it and send its segments")
             return self._committer.commit(delta_id, progress)
         except BaseException as error:
             self._after_failure(error)
@@ -305,7 +319,7 @@ class ReplicaStore:
             self.stopped = error if isinstance(error, ReplicaError) else ReplicaError(f"commit failed: {error!r}")
         elif isinstance(error, StorageError):
             self.stopped = error
-        elif not isinstance(error, ProtocolError):
+        else:
             discard_all(self._fs, self._layout)
 
     def rotate(self, keep_last: int) -> list[int]:
@@ -313,6 +327,7 @@ class ReplicaStore:
         if not self._working.acquire(blocking=False):
             raise self._busy()
         try:
+            self._ensure_open()
             chain = self._index.chain()
             if chain.state.applying is not None:
                 return []
@@ -335,10 +350,20 @@ class ReplicaStore:
         finally:
             self._working.release()
 
+    def _ensure_open(self) -> None:
+        if self._closed:
+            raise BusyError(f"replica {self.identity.replica_id} was closed here", hint="try again")
+
     def _ensure_running(self) -> None:
+        self._ensure_open()
         if self.stopped is not None:
-            with self._working:
+            # Never waiting for `_working` with `_mutex` held: `close` takes them the other way round.
+            if not self._working.acquire(blocking=False):
+                raise self._busy()
+            try:
                 self._attempt_recovery()
+            finally:
+                self._working.release()
             if self.stopped is not None:
                 raise self.stopped
 

@@ -3,8 +3,8 @@
 Each disk is written under a temporary name, its Merkle root computed from the
 very bytes that were written and compared with the point's, and synced; only
 when that is done for all of them do they get their names. What is zero stays a
-hole. A restore that fails leaves nothing behind, one that is killed nothing
-under a final name.
+hole. A restore that fails on the way there leaves nothing behind, one that is killed
+nothing under a final name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def restore_point(
                 ) from error
             done += disk.size_bytes
         for name, path in paths.items():
-            fs.publish_new(written.pop(name), path)
+            fs.publish_new(written[name], path)
+            del written[name]
     finally:
         for temporary in written.values():
             with suppress(StorageError):

@@ -83,6 +83,7 @@ class _Checker:
 
     def run(self, progress: Callable[[int], None]) -> DiskVerdict:
         disk = self._disk
+        self._image.drop_cache()  # what counts is what the device gives back
         suspects: list[int] = []
         checked = 0
         for offset, length in _windows(disk, self._ranges()):
