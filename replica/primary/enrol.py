@@ -21,7 +21,7 @@ import msgspec
 
 from replica.delta import DataKey, Keyring
 from replica.durable import FileSystem
-from replica.errors import ConflictError, KeyMissingError
+from replica.errors import BusyError, ConflictError, KeyMissingError
 from replica.model import Disk, DiskId, Epoch, ReplicaId, State, random_id
 from replica.plan import check_epoch
 from replica.primary.record import MachineDirectory, MachineRecord, Stage
@@ -80,11 +80,17 @@ def adopt(directory: MachineDirectory, receiver: Receiver, record: MachineRecord
 
 
 def look(receiver: Receiver, record: MachineRecord) -> ReplicaInfo:
-    """What the replica is now. One that stopped is asked to take its writer again, which makes it try to recover."""
+    """What the replica is now. One that stopped is asked to take its writer again, which makes it try to recover.
+
+    It may be at that by itself; then it is busy, and what it says next tells how far it is.
+    """
     info = receiver.replica(record.replica_id)
-    if info.stopped is not None and info.epoch == record.epoch:
-        info = receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
-    return info
+    if info.stopped is None or info.epoch != record.epoch:
+        return info
+    try:
+        return receiver.adopt(record.replica_id, Adopt(record.epoch, record.holder))
+    except BusyError:
+        return receiver.replica(record.replica_id)
 
 
 def _enrol(directory: MachineDirectory, receiver: Receiver, record: MachineRecord, key: DataKey) -> ReplicaInfo:

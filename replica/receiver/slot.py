@@ -136,7 +136,8 @@ class Slot:
                     self._refuse_when_closed()
                 self._store = store
                 self._identity = store.identity
-                self._take_up(store)
+                if stopped is None:  # after a restart; what stopped while this process ran is its sender's to decide
+                    self._take_up(store)
         except BaseException as error:  # noqa: BLE001  # handed to whoever waits
             with self._opening:
                 self._open_job = None

@@ -339,7 +339,8 @@ def test_ctrl_c_ends_a_sync_in_order(lab: Lab, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=30)
         assert process.returncode == 130, err
         assert time.monotonic() - started < 10
-        assert (out, err.count("\n")) == ("", 1)
+        assert err.count("\n") == 1
+        assert [(e["machine"], e["error"]["code"]) for e in json.loads(out)] == [("web-1", "busy")]
         assert "interrupted" in err
         assert log.read_text().split() == ["freeze", "thaw"]
         relay.cut_after(None)

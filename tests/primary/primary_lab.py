@@ -68,7 +68,7 @@ class Lab:
     def open_site(self) -> Site:
         storages = {"tier1": StorageSpec(name="tier1", path=self.storage, head="raw")}
         allow = [AllowSpec(primary="hv-*", storage="tier1", trust_group="prod")]
-        return Site(self.fs, SiteSpec("127.0.0.1", 0, TLS, storages, allow, 100))
+        return Site(self.fs, SiteSpec("127.0.0.1", 0, TLS, storages, allow, 1000))
 
     def restart_site(self) -> None:
         self.site.close()

@@ -671,3 +671,21 @@ def test_an_image_swapped_while_it_is_opened_makes_no_point(lab: Lab, monkeypatc
     lab.scribble("os", 0, 4096)
     with pytest.raises(SourceBusyError, match="replaced while it was opened"):
         lab.sync()
+
+
+def test_a_stopped_replica_that_recovers_by_itself_is_waited_for(lab: Lab) -> None:
+    lab.scribble("os", 0, MiB)
+    first = lab.sync()
+    slot = lab.site.slot("hv-1", first.replica_id)
+    slot.store().stopped = StorageError("it was full")
+    link = lab.link()
+
+    def before(name: str, _arguments: Any) -> None:
+        if name == "adopt":
+            slot.store().stopped = None
+            raise BusyError("it is recovering")
+
+    link.before = before
+    lab.scribble("os", 0, 1)
+    assert lab.sync(link).point == 2
+    lab.assert_equal()
