@@ -42,6 +42,7 @@ class Listener:
     def __init__(self, host: str, port: int) -> None:
         """Bind; an empty host is every address. Raises OSError (gaierror, too) or OverflowError."""
         self._sockets: list[socket.socket] = []
+        self._shaking: set[socket.socket] = set()
         self._open: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._quiet: dict[str, float] = {}
@@ -88,6 +89,8 @@ class Listener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for made in self._shaking:  # accepted, and its handshake was given up before it began
+            made.close()
         self._close_sockets()
 
     def _close_sockets(self) -> None:
@@ -122,6 +125,7 @@ class Listener:
                 made.close()
                 continue
             self._open[key] += 1
+            self._shaking.add(made)
             self._spawn(self._shake_hands(made, key, context, make_protocol))
 
     async def _shake_hands(
@@ -139,6 +143,7 @@ class Listener:
         except OSError as error:
             log.debug("a connection of %s ended in its TLS handshake: %s", key, error)
         finally:
+            self._shaking.discard(made)
             if not counted.taken:
                 made.close()
                 self._less(key)

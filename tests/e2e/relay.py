@@ -26,12 +26,14 @@ class Relay:
         self.sent = bytearray()
         self.count_bytes = 0
         self.cuts = 0
+        self._ended = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._ended = True
         self._listener.close()
         self._close_all()
 
@@ -46,7 +48,7 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if self._left == 0:
+            if self._left == 0 or self._ended:
                 client.close()
                 continue
             try:

@@ -1,0 +1,196 @@
+"""Gaps that a store must not have: between rollback and reader, close and commit, request and file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from replica.delta import DeltaSealer
+from replica.durable import File, FileSystem
+from replica.errors import BusyError, DamageError, ImageError, StorageError
+from replica.merkle import root_of
+from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, State, random_id
+from replica.store import PointReader, ReplicaReader, ReplicaStore
+from tests.store.small_primary import Made, SmallPrimary
+from tests.store.test_replica import CutFileSystem, check_points
+
+SIZE = 400_000
+
+
+def content(point: PointReader) -> bytes:
+    buffer = bytearray(point.disks[0].size_bytes)
+    point.read_into(point.disks[0].id, 0, buffer)
+    return bytes(buffer)
+
+
+def cut_in_the_head(fs: FileSystem, storage: Path) -> tuple[SmallPrimary, Path, Made]:
+    """Points 1 and 2, and a commit of the third that was cut while the head was being written."""
+    primary = SmallPrimary({"os": SIZE}, seed=3)
+    store = primary.enrol(fs, storage)
+    primary.content["os"][:] = primary.random.randbytes(SIZE)
+    primary.sync(store)
+    primary.scribble()
+    primary.sync(store)
+    primary.content["os"][0:4096] = primary.random.randbytes(4096)
+    primary.content["os"][200_000:220_000] = primary.random.randbytes(20_000)
+    made = primary.make()
+    primary.send(store, made)
+    store.close()
+    cutting = CutFileSystem(1 << 60)
+    store = ReplicaStore.open(cutting, store.directory)
+    inverse = store.directory / "points" / str(made.delta_id)
+    original = cutting.step
+
+    def step() -> None:
+        if inverse.exists() and cutting.cut_at == 1 << 60:
+            cutting.cut_at = cutting.steps + 3
+        original()
+
+    cutting.step = step  # type: ignore[method-assign]
+    with pytest.raises(StorageError):
+        store.commit(made.delta_id)
+    store.close()
+    return primary, store.directory, made
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_reader_finds_its_way_again_after_a_rollback(fs: FileSystem, tmp_path: Path) -> None:
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    with ReplicaReader(fs, directory).open_point(2) as point:
+        assert content(point) == primary.copies[2]["os"]  # through the inverse of what is half applied
+        flip(directory / "incoming" / str(made.delta_id), 400)
+        store = ReplicaStore.open(fs, directory)
+        assert store.stopped is None and store.head == made.base
+        assert not (directory / "points" / str(made.delta_id)).exists()
+        primary.content["os"][100_000:200_000] = primary.random.randbytes(100_000)
+        primary.sync(store)
+        assert content(point) == primary.copies[2]["os"]
+    check_points(fs, directory, primary, [1, 2, 3])
+
+
+def test_a_half_written_head_without_its_inverse_is_not_read(fs: FileSystem, tmp_path: Path) -> None:
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    flip(directory / "points" / str(made.delta_id), -20)
+    reader = ReplicaReader(fs, directory)
+    assert not any(info.restorable for info in reader.points())
+    for number in (1, 2):
+        with pytest.raises(DamageError, match="may be half written.*start 'replica serve'"):
+            reader.open_point(number)
+    store = ReplicaStore.open(fs, directory)  # the delta is still there: the commit is finished
+    assert store.stopped is None and store.head == made.result
+    with ReplicaReader(fs, directory).open_point() as point:
+        assert content(point) == bytes(primary.content["os"])
+
+
+def test_close_waits_for_the_commit_and_ends_the_store(fs: FileSystem, tmp_path: Path) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    class SlowFile(File):
+        def write(self, offset: int, data: object) -> None:
+            if self.path.suffix == ".img":
+                inside.set()
+                assert go.wait(30)
+            super().write(offset, data)  # type: ignore[arg-type]
+
+    class SlowFileSystem(FileSystem):
+        def open(self, path: Path, *, write: bool = False) -> File:
+            file = super().open(path, write=write)
+            slow = SlowFile(os.dup(file.fileno()), path)
+            file.close()
+            return slow
+
+    primary = SmallPrimary({"os": SIZE})
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+    store.close()
+    store = ReplicaStore.open(SlowFileSystem(), store.directory)
+    committing = threading.Thread(target=store.commit, args=(made.delta_id,))
+    committing.start()
+    assert inside.wait(30)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    closing.join(0.3)
+    assert closing.is_alive()
+    with pytest.raises(BusyError, match="in use"):
+        ReplicaStore.open(fs, store.directory)
+    go.set()
+    committing.join(30)
+    closing.join(30)
+    primary.acknowledge(made)
+    with pytest.raises(BusyError, match="closed"):
+        primary.send(store, primary.make())
+    other = ReplicaStore.open(fs, store.directory)
+    assert other.head == made.result
+
+
+def test_finish_waits_for_segments_that_are_being_written(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary = SmallPrimary({"os": SIZE})
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    made = primary.make()
+    store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header)
+    number, offset, digest, blob = made.segments[0]
+    writing, go = threading.Event(), threading.Event()
+    write = File.write
+
+    def slow_write(self: File, at: int, data: bytes) -> None:
+        if threading.current_thread().name == "late" and self.path.suffix == ".part":
+            writing.set()
+            assert go.wait(30)
+        write(self, at, data)
+
+    monkeypatch.setattr(File, "write", slow_write)
+    late = threading.Thread(name="late", target=store.receive, args=(made.delta_id, number, offset, digest, blob))
+    late.start()
+    assert writing.wait(30)
+    sending = threading.Thread(target=primary.send, args=(store, made))  # the request is given up and sent again
+    sending.start()
+    sending.join(0.3)
+    assert sending.is_alive()
+    go.set()
+    late.join(30)
+    sending.join(30)
+    assert store.commit(made.delta_id) == made.result
+
+
+@pytest.mark.parametrize(("head_format", "size"), [("vhd", 3 << 40), ("raw", 20 << 40)])
+def test_a_disk_that_the_storage_cannot_hold_is_refused_in_time(
+    fs: FileSystem, tmp_path: Path, head_format: str, size: int
+) -> None:
+    primary = SmallPrimary({"os": 8192})
+    store = primary.enrol(fs, tmp_path, head_format)
+    primary.scribble()
+    primary.sync(store)
+    disk = Disk(DiskId(random_id()), "big", size)
+    added = DiskState(disk, root_of(bytes(32), size, disk.leaf_bytes))
+    disks = tuple(sorted((*primary.state.disks, added), key=lambda entry: entry.disk.id.bytes))
+    delta_id = DeltaId(random_id())
+    result = State(primary.replica_id, delta_id, 2, primary.epoch, 5, Consistency.CRASH, disks)
+    sealer = DeltaSealer(primary.key, primary.replica_id, delta_id, primary.epoch)
+    store.begin(delta_id, primary.state.delta_id, primary.epoch, sealer.header)
+    store.finish(delta_id, sealer.tail([], primary.state, result), len(sealer.header))
+    try:
+        store.commit(delta_id)
+    except (ImageError, StorageError):
+        assert store.applying is None
+        store.discard(delta_id)
+        primary.scribble()
+        primary.sync(store)
+        check_points(fs, store.directory, primary, [1, 2])
+    else:
+        assert head_format == "raw", "a file system that holds such files"
+    assert not [name for name in fs.list_names(store.directory / "head") if name.startswith(".")]
