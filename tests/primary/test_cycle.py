@@ -334,7 +334,8 @@ def test_segments_lost_after_their_acknowledgement_end_the_delta(lab: Lab) -> No
     lab.assert_equal()
 
 
-def test_no_delta_id_and_no_salt_is_used_twice(lab: Lab) -> None:
+@pytest.mark.parametrize(("attempts", "size", "retry_seconds"), [(24, 9 * MiB, 0.3), (1000, MiB, 0)])
+def test_no_delta_id_and_no_salt_is_used_twice(lab: Lab, attempts: int, size: int, retry_seconds: float) -> None:
     """Whatever is read again is a new delta with a new key: no (key, nonce) pair can repeat."""
     headers: dict[str, set[bytes]] = {}
     blobs: dict[tuple[str, int], set[bytes]] = {}
@@ -345,8 +346,8 @@ def test_no_delta_id_and_no_salt_is_used_twice(lab: Lab) -> None:
         elif name == "put_segment":
             blobs.setdefault((str(arguments[1]), arguments[2]), set()).add(bytes(arguments[5]))
 
-    lab.scribble("os", 0, 9 * MiB)
-    for attempt in range(24):
+    lab.scribble("os", 0, size)
+    for attempt in range(attempts):
         link = lab.link()
         cut(link, ("put_segment", "commit")[attempt % 2], attempt % 3, 4, after=attempt % 4 < 2)
         broken = link.before
@@ -358,11 +359,11 @@ def test_no_delta_id_and_no_salt_is_used_twice(lab: Lab) -> None:
         link.before = before
         lab.scribble("os", attempt * 1000, 100)
         with suppress(TransportError):
-            lab.sync(link, retry_seconds=(0, 0.3)[attempt // 12])
+            lab.sync(link, retry_seconds=(0, retry_seconds)[2 * attempt // attempts])
     assert all(len(found) == 1 for found in headers.values()), "one header per delta"
     assert all(len(found) == 1 for found in blobs.values()), "one ciphertext per delta and segment"
     salts = [decode_header(next(iter(found))).salt for found in headers.values()]
-    assert len(set(salts)) == len(salts) >= 24
+    assert len(set(salts)) == len(salts) >= attempts
     assert lab.sync().point > 1
     lab.assert_equal()
 
