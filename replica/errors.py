@@ -147,6 +147,19 @@ class RootMismatchError(DamageError):
     code, exit_code, status, retryable = "root-mismatch", 11, 409, True
 
 
+class LostError(DamageError):
+    """A range of a disk at some point that nobody has any more; every other byte of that point is there.
+
+    `disk` is the disk's name; `offset` and `length` are in bytes.
+    """
+
+    code, exit_code = "lost", 11
+
+    def __init__(self, message: str, *, hint: str = "", disk: str = "", offset: int = 0, length: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.disk, self.offset, self.length = disk, offset, length
+
+
 class TrackerDamageError(DamageError):
     """What a sender remembers of a disk does not fit together; reading the disk anew heals it."""
 

@@ -36,6 +36,7 @@ DIGEST_BYTES = 32
 MAX_DISK_BYTES = 64 << 40
 """64 TiB, the largest disk VHDX allows; the Merkle tree's fixed depth covers it with 16 KiB leaves."""
 MAX_DISKS = 256
+MAX_TRACKERS = 8
 MAX_NAME_BYTES = 128
 """Names become parts of file names (255 bytes on every file system), with room for what is put around them."""
 
@@ -107,15 +108,26 @@ class Disk(Frozen, frozen=True):
         return self.leaf_bytes // self.grain_bytes
 
 
-class DiskState(Frozen, frozen=True):
-    """A disk and the Merkle root of its content (32 bytes; see `merkle`)."""
+class DiskState(Frozen, frozen=True, omit_defaults=True):
+    """A disk and the Merkle root of its content (32 bytes; see `merkle`).
+
+    `read_point` is the number of the point at which every leaf had last been recomputed from the source (0: it is
+    not known of any), `trusted` the trackers whose word was taken since. Where it is the state's own point, every
+    block behind the root was read at this very instant, and nothing but reading was trusted.
+    """
 
     disk: Disk
     root: bytes
+    read_point: int = 0
+    trusted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.root) != DIGEST_BYTES:
             raise ValueError("a Merkle root has 32 bytes")
+        if not 0 <= self.read_point < 1 << 48:
+            raise ValueError("point number out of range")
+        if len(self.trusted) > MAX_TRACKERS or any(not 0 < len(name) <= MAX_NAME_BYTES for name in self.trusted):
+            raise ValueError(f"at most {MAX_TRACKERS} trackers of 1 to {MAX_NAME_BYTES} characters can be named")
 
 
 class Epoch(Frozen, frozen=True):
@@ -134,11 +146,15 @@ class Epoch(Frozen, frozen=True):
             raise ValueError("epoch counter out of range")
 
 
-class State(Frozen, frozen=True):
+class State(Frozen, frozen=True, omit_defaults=True):
     """One state of a machine: the instant of all its disks that a delta led to.
 
     Named by `delta_id`, the delta that made it. `disks` are sorted by id.
     The empty state has `EMPTY_DELTA_ID`, point 0 and no disks.
+
+    A `partial` state is a step of a long copy: no instant of the machine, hence no point. It has the number of the
+    point before it (0 in a first copy), is listed nowhere and restored by nobody. `files` is the id of the disk, if
+    any, that holds the machine's configuration files and no disk of the machine.
     """
 
     replica_id: ReplicaId
@@ -148,6 +164,8 @@ class State(Frozen, frozen=True):
     frozen_at_ns: int
     consistency: Consistency
     disks: tuple[DiskState, ...]
+    partial: bool = False
+    files: DiskId | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.point < 1 << 48:
@@ -160,6 +178,8 @@ class State(Frozen, frozen=True):
         names = [d.disk.name for d in self.disks]
         if len(set(names)) != len(names):
             raise ValueError("two disks of a state have the same name")
+        if self.files is not None and self.files.bytes not in ids:
+            raise ValueError("the disk with the machine's files is not one of the state's disks")
 
     @classmethod
     def empty(cls, replica_id: ReplicaId, epoch: Epoch) -> State:
@@ -168,6 +188,11 @@ class State(Frozen, frozen=True):
     @property
     def is_empty(self) -> bool:
         return self.delta_id == EMPTY_DELTA_ID
+
+    @property
+    def is_point(self) -> bool:
+        """Whether this state can be listed and restored: one instant of a machine."""
+        return not self.is_empty and not self.partial
 
     def disk(self, disk_id: DiskId) -> DiskState | None:
         return next((d for d in self.disks if d.disk.id == disk_id), None)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 EXTENT = np.dtype([("first", "<u8"), ("count", "<u8"), ("data", "<u8")])
 """24 bytes, no padding: what the native kernels take as u64[3 n]."""
 
-ZERO, DATA = 0, 1
+ZERO, DATA, LOST = 0, 1, 2
+"""LOST grains had a content that nobody has any more. Only an inverse says so, and it has no payload for them."""
 
 Rows: TypeAlias = npt.NDArray[np.void]
 Bytes: TypeAlias = npt.NDArray[np.uint8]

@@ -143,8 +143,9 @@ class Committer:
             raise ProtocolError(f"delta {delta.delta_id} does not lead to a state of this replica named after it")
         if result.epoch != self.state.epoch or delta.header.epoch != self.state.epoch:
             raise ProtocolError(f"delta {delta.delta_id} is of epoch {result.epoch}, not {self.state.epoch}")
-        if result.point != head.point + 1:
-            raise ProtocolError(f"delta {delta.delta_id} makes point {result.point} after point {head.point}")
+        if result.point != head.point + (0 if result.partial else 1):
+            what = "a part of a copy numbered" if result.partial else "point"
+            raise ProtocolError(f"delta {delta.delta_id} makes {what} {result.point} after point {head.point}")
 
     def _check_writable(self, delta: DeltaFileReader) -> None:
         """A disk that this storage cannot hold is refused while nothing has changed (ImageError, StorageError)."""

@@ -2,8 +2,9 @@
 
 There is no list of points anywhere. A file in `points/` is an inverse whose
 sealed manifest names two states, `base` (newer) and `result` (older); the
-points are what can be reached from the head by following those links. File
-names are never trusted for it, so that a file in the wrong place changes nothing.
+points are what can be reached from the head by following those links, but for
+the steps of a long copy (`State.partial`). File names are never trusted for it,
+so that a file in the wrong place changes nothing.
 
 While a delta is being applied (`state.applying`) the head may be half written.
 Its inverse is in place by then, so the walk starts one step earlier, at the
@@ -72,13 +73,19 @@ class Chain:
         """A point's state and the links that lead to it, nearest the point first; None if it is not there."""
         head = self.state.head
         found = [self.undoing] if self.undoing is not None else []
-        if not head.is_empty and point in (None, head.point):
+        if head.is_point and point in (None, head.point):
             return head, tuple(found)
         for link in self.links[len(found) :]:
             found.insert(0, link)
-            if link.result.point == point and not link.result.is_empty:
+            if link.result.is_point and point in (None, link.result.point):
                 return link.result, tuple(found)
         return None
+
+    @property
+    def points(self) -> tuple[State, ...]:
+        """The states that are listed, oldest first."""
+        older = [link.result for link in self.links if link is not self.undoing]
+        return tuple(state for state in (*reversed(older), self.state.head) if state.is_point)
 
     def since(self, top: State) -> tuple[Link, ...] | None:
         """The links between `top` and the head, nearest `top` first; None if `top` is not on the chain (any more)."""

@@ -75,14 +75,14 @@ class ReplicaReader:
         infos = [
             PointInfo(link.result, link.stored_bytes, not chain.torn)
             for link in chain.links
-            if not link.result.is_empty and link.result != head
+            if link.result.is_point and link.result != head
         ]
-        if not head.is_empty:
+        if head.is_point:
             infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain)))
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
-                if not state.is_empty and state.delta_id not in known and state.point < head.point:
+                if state.is_point and state.delta_id not in known and state.point < head.point:
                     known.add(state.delta_id)
                     infos.append(PointInfo(state, stray.stored_bytes, False))
         return sorted(infos, key=lambda info: info.state.point)
@@ -133,15 +133,15 @@ class ReplicaReader:
             _refuse_torn(chain, self.layout)
             return found
         machine = self.identity.machine
-        if chain.state.head.is_empty:
+        numbers = [state.point for state in chain.points]
+        if not numbers:
             raise PointGoneError(f"machine {machine!r} has no point yet", hint="its first copy is not complete")
-        if any(stray.result.point == number for stray in chain.strays):
+        if any(stray.result.is_point and stray.result.point == number for stray in chain.strays):
             raise PointGoneError(
                 f"point {number} of machine {machine!r} cannot be restored: an inverse between it and the head is "
                 f"damaged or missing in {self.layout.points}",
                 hint="choose a newer point",
             )
-        numbers = [link.result.point for link in chain.links if not link.result.is_empty] + [chain.state.head.point]
         raise PointGoneError(
             f"machine {machine!r} has no point {number}", hint=f"its points are {min(numbers)} to {max(numbers)}"
         )

@@ -61,12 +61,14 @@ class SmallPrimary:
     def disk(self, name: str) -> Disk:
         return Disk(self.ids[name], name, len(self.content[name]))
 
-    def make(self) -> Made:
-        """Seal the change from the last committed state to the present content."""
+    def make(self, *, partial: bool = False) -> Made:
+        """Seal the change from the last committed state to the present content; `partial`: as a step, no point."""
         delta_id = DeltaId(random_id())
         disks = sorted((self._disk_state(name) for name in self.content), key=lambda d: d.disk.id.bytes)
-        point = self.state.point + 1
-        result = State(self.replica_id, delta_id, point, self.epoch, point * 10**9, Consistency.CRASH, tuple(disks))
+        point = self.state.point + (not partial)
+        result = State(
+            self.replica_id, delta_id, point, self.epoch, point * 10**9, Consistency.CRASH, tuple(disks), partial
+        )
         sealer = DeltaSealer(self.key, self.replica_id, delta_id, self.epoch)
         made = Made(delta_id, self.state, result, sealer.header)
         entries: list[SegmentEntry] = []
@@ -126,10 +128,11 @@ class SmallPrimary:
         self.state = made.result
         self.made.append(made)
         self.sent = {name: bytes(data) for name, data in self.content.items()}
-        self.copies[made.result.point] = dict(self.sent)
+        if made.result.is_point:
+            self.copies[made.result.point] = dict(self.sent)
 
-    def sync(self, store: ReplicaStore) -> Made:
-        made = self.make()
+    def sync(self, store: ReplicaStore, *, partial: bool = False) -> Made:
+        made = self.make(partial=partial)
         self.send(store, made)
         assert store.commit(made.delta_id) == made.result
         self.acknowledge(made)

@@ -531,3 +531,24 @@ def test_files_of_others_in_incoming_are_left_alone(fs: FileSystem, tmp_path: Pa
         primary.send(store, primary.make())  # discards the one before
     primary.sync(store)
     assert stray.read_text() == "mine"
+
+
+def test_the_steps_of_a_long_copy_are_no_points(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    primary.sync(store, partial=True)
+    reader = ReplicaReader(fs, store.directory)
+    assert reader.points() == []
+    with pytest.raises(PointGoneError, match="no point yet"):
+        reader.open_point()
+    primary.scribble()
+    primary.sync(store)
+    check_points(fs, store.directory, primary, [1])
+    for partial in (True, True, False, True):
+        primary.scribble()
+        primary.sync(store, partial=partial)
+        check_points(fs, store.directory, primary, [1] if partial and primary.state.point == 1 else [1, 2])
+    with reader.open_point() as newest:  # through the step that is the head
+        assert newest.state.point == 2
+    store.close()
