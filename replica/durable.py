@@ -41,6 +41,50 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
+def _punch(fd: int, offset: int, length: int) -> None:
+    """fallocate(2): a hole inside the file's size."""
+    flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    number = errno.EINTR
+    while number == errno.EINTR:
+        if _libc.fallocate(fd, flags, offset, length) == 0:
+            return
+        number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
+
+
+class SystemCalls:
+    """What the kernel is asked for here, call by call: the seam below every loop and every rule of this module.
+
+    A disk that crashes, lies or fails (`tests/crash`) is a double of this class.
+    """
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    stat = staticmethod(os.stat)
+    lstat = staticmethod(os.lstat)
+    fstat = staticmethod(os.fstat)
+    statvfs = staticmethod(os.statvfs)
+    lseek = staticmethod(os.lseek)
+    preadv = staticmethod(os.preadv)
+    pwrite = staticmethod(os.pwrite)
+    ftruncate = staticmethod(os.ftruncate)
+    punch = staticmethod(_punch)
+    fsync = staticmethod(os.fsync)
+    fadvise = staticmethod(os.posix_fadvise)
+    flock = staticmethod(fcntl.flock)
+    mkdir = staticmethod(os.mkdir)
+    rmdir = staticmethod(os.rmdir)
+    listdir = staticmethod(os.listdir)
+    rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
+    unlink = staticmethod(os.unlink)
+    symlink = staticmethod(os.symlink)
+    readlink = staticmethod(os.readlink)
+
+
+KERNEL = SystemCalls()
+
+
 @contextmanager
 def _named(action: str, path: Path) -> Iterator[None]:
     """Turn an OSError into a StorageError that says what was being done to which path."""
@@ -54,8 +98,9 @@ def _named(action: str, path: Path) -> Iterator[None]:
 class File:
     """An open file. Positioned I/O only; complete or an error, never short."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Path, calls: SystemCalls = KERNEL) -> None:
         self._fd = fd
+        self._calls = calls
         self.path = path
 
     def fileno(self) -> int:
@@ -71,16 +116,16 @@ class File:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             with _named("close", self.path):
-                os.close(fd)
+                self._calls.close(fd)
 
     def size(self) -> int:
         with _named("stat", self.path):
-            return os.fstat(self._fd).st_size
+            return self._calls.fstat(self._fd).st_size
 
     def allocated_bytes(self) -> int:
         """Bytes the file occupies on its file system (holes do not count)."""
         with _named("stat", self.path):
-            return os.fstat(self._fd).st_blocks * 512
+            return self._calls.fstat(self._fd).st_blocks * 512
 
     def read_into(self, offset: int, buffer: Buffer) -> int:
         """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
@@ -88,7 +133,7 @@ class File:
         done = 0
         with _named("read", self.path):
             while done < len(view):
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = self._calls.preadv(self._fd, [view[done:]], offset + done)
                 if count == 0:
                     break
                 done += count
@@ -105,26 +150,24 @@ class File:
         done = 0
         with _named("write", self.path):
             while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+                done += self._calls.pwrite(self._fd, view[done:], offset + done)
 
     def truncate(self, size_bytes: int) -> None:
         with _named("resize", self.path):
-            os.ftruncate(self._fd, size_bytes)
+            self._calls.ftruncate(self._fd, size_bytes)
 
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros inside the file's size, as a hole where the file system can."""
         length = min(length, self.size() - offset)
         if length <= 0:
             return
-        flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        number = errno.EINTR
-        while number == errno.EINTR:
-            if _libc.fallocate(self._fd, flags, offset, length) == 0:
-                return
-            number = ctypes.get_errno()
         with _named("punch a hole into", self.path):
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise OSError(number, os.strerror(number))
+            try:
+                self._calls.punch(self._fd, offset, length)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
         blank = bytes(min(length, 1 << 20))
         for start in range(offset, offset + length, len(blank)):
             self.write(start, memoryview(blank)[: min(len(blank), offset + length - start)])
@@ -136,8 +179,8 @@ class File:
         """
         while start < stop:
             try:
-                begin = os.lseek(self._fd, start, os.SEEK_DATA)
-                end = min(os.lseek(self._fd, begin, os.SEEK_HOLE), stop)
+                begin = self._calls.lseek(self._fd, start, os.SEEK_DATA)
+                end = min(self._calls.lseek(self._fd, begin, os.SEEK_HOLE), stop)
             except OSError as error:
                 if error.errno != errno.ENXIO:  # the file system does not know: all of it may be data
                     yield start, stop - start
@@ -150,25 +193,26 @@ class File:
     def sync(self) -> None:
         """fsync: content and size are on stable storage when this returns."""
         with _named("sync", self.path):
-            os.fsync(self._fd)
+            self._calls.fsync(self._fd)
 
     def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         """Ask the kernel to forget cached pages (only clean ones go), so that a read comes from the device."""
         with suppress(OSError):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+            self._calls.fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 class Lock:
     """A kernel lock on a file (flock): gone with the process, whatever happens to it."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Path, calls: SystemCalls = KERNEL) -> None:
         self._fd = fd
+        self._calls = calls
         self.path = path
 
     def release(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            self._calls.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -178,54 +222,60 @@ class Lock:
 
 
 class FileSystem:
-    """The real file system. Stateless and thread-safe."""
+    """The file system that `calls` leads to: the real one. Stateless and thread-safe."""
+
+    _calls: SystemCalls = KERNEL
+
+    def __init__(self, calls: SystemCalls = KERNEL) -> None:
+        self._calls = calls
 
     def open(self, path: Path, *, write: bool = False) -> File:
         """Open an existing file."""
         with _named("open", path):
-            return File(os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC), path)
+            return File(self._calls.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC), path, self._calls)
 
     def create(self, path: Path, *, private: bool = False) -> File:
         """Create a new file for reading and writing; it must not exist. `private`: mode 0600."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with _named("create", path):
-            return File(os.open(path, flags, 0o600 if private else 0o640), path)
+            return File(self._calls.open(path, flags, 0o600 if private else 0o640), path, self._calls)
 
     def create_anonymous(self, directory: Path) -> File:
         """A nameless scratch file that vanishes with its last handle, whatever happens."""
         with _named("create a scratch file in", directory):
             try:
-                return File(os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600), directory)
+                fd = self._calls.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+                return File(fd, directory, self._calls)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                     raise
             path = directory / f".scratch-{os.urandom(8).hex()}"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            os.unlink(path)
-            return File(fd, path)
+            fd = self._calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._calls.unlink(path)
+            return File(fd, path, self._calls)
 
     def sync_directory(self, path: Path) -> None:
         """fsync a directory: the names in it are as durable as they are now."""
         with _named("sync", path):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(fd)
+                self._calls.fsync(fd)
             finally:
-                os.close(fd)
+                self._calls.close(fd)
 
     def make_directory(self, path: Path, *, private: bool = False) -> None:
         """Create a directory and its parents where missing, each durable in its parent."""
-        if path.is_dir():
+        if self._is_directory(path):
             return
         self.make_directory(path.parent)
         with _named("create", path), suppress(FileExistsError):
-            os.mkdir(path, 0o700 if private else 0o750)
+            self._calls.mkdir(path, 0o700 if private else 0o750)
         self.sync_directory(path.parent)
 
     def publish(self, temporary: Path, final: Path) -> None:
         """Give a file that was written *and synced* its final name, durably. Replaces what was there."""
         with _named("rename to", final):
-            os.rename(temporary, final)
+            self._calls.rename(temporary, final)
         self.sync_directory(final.parent)
         if temporary.parent != final.parent:
             self.sync_directory(temporary.parent)
@@ -234,7 +284,7 @@ class FileSystem:
         """Like `publish`, but TargetExistsError if something has that name by now."""
         with _named("rename to", final):
             try:
-                os.link(temporary, final)
+                self._calls.link(temporary, final)
             except FileExistsError:
                 raise TargetExistsError(
                     f"{final} already exists", hint="choose another place or move it away"
@@ -242,9 +292,9 @@ class FileSystem:
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                     raise
-                os.rename(temporary, final)  # a file system without hard links; nobody else writes there
+                self._calls.rename(temporary, final)  # a file system without hard links; nobody else writes there
             else:
-                os.unlink(temporary)
+                self._calls.unlink(temporary)
         self.sync_directory(final.parent)
 
     def replace_bytes(self, path: Path, data: bytes, *, private: bool = False) -> None:
@@ -257,7 +307,7 @@ class FileSystem:
             self.publish(temporary, path)
         except StorageError:
             with suppress(OSError):
-                os.unlink(temporary)
+                self._calls.unlink(temporary)
             raise
 
     def read_bytes(self, path: Path, limit: int) -> bytes:
@@ -270,13 +320,23 @@ class FileSystem:
 
     def exists(self, path: Path) -> bool:
         with _named("stat", path):
-            return path.exists()
+            try:
+                self._calls.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def _is_directory(self, path: Path) -> bool:
+        try:
+            return stat.S_ISDIR(self._calls.stat(path).st_mode)
+        except OSError:
+            return False
 
     def list_names(self, path: Path) -> list[str]:
         """Sorted names in a directory; an absent directory is an empty one."""
         with _named("list", path):
             try:
-                return sorted(os.listdir(path))
+                return sorted(self._calls.listdir(path))
             except FileNotFoundError:
                 return []
 
@@ -284,7 +344,7 @@ class FileSystem:
         """Remove a file if it is there, durably."""
         with _named("remove", path):
             try:
-                os.unlink(path)
+                self._calls.unlink(path)
             except FileNotFoundError:
                 return
         self.sync_directory(path.parent)
@@ -294,12 +354,12 @@ class FileSystem:
         with _named("remove", path):
             for name in self.list_names(path):
                 child = path / name
-                if stat.S_ISDIR(child.lstat().st_mode):
+                if stat.S_ISDIR(self._calls.lstat(child).st_mode):
                     self.remove_tree(child)
                 else:
-                    os.unlink(child)
+                    self._calls.unlink(child)
             with suppress(FileNotFoundError):
-                os.rmdir(path)
+                self._calls.rmdir(path)
         self.sync_directory(path.parent)
 
     def set_links(self, directory: Path, links: dict[str, str]) -> None:
@@ -308,33 +368,37 @@ class FileSystem:
         Only links are ever removed: a name that a real file has is left to that file.
         """
         with _named("link in", directory):
-            present = {e.name: os.readlink(e) for e in os.scandir(directory) if e.is_symlink()}
+            present = {
+                name: self._calls.readlink(directory / name)
+                for name in self._calls.listdir(directory)
+                if stat.S_ISLNK(self._calls.lstat(directory / name).st_mode)
+            }
             if present == links:
                 return
             for name in present:
                 if links.get(name) != present[name]:
-                    os.unlink(directory / name)
+                    self._calls.unlink(directory / name)
             for name, target in links.items():
                 if present.get(name) != target:
                     with suppress(FileExistsError):
-                        os.symlink(target, directory / name)
+                        self._calls.symlink(target, directory / name)
         self.sync_directory(directory)
 
     def free_bytes(self, path: Path) -> int:
         with _named("stat", path):
-            info = os.statvfs(path)
+            info = self._calls.statvfs(path)
         return info.f_bavail * info.f_frsize
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
         """Take a kernel lock on `path` (made if missing). BusyError with message `busy` if taken and not `wait`."""
         with _named("lock", path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fd = self._calls.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
             try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+                self._calls.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                os.close(fd)
+                self._calls.close(fd)
                 raise BusyError(busy or f"{path} is locked by another process") from None
             except BaseException:
-                os.close(fd)
+                self._calls.close(fd)
                 raise
-        return Lock(fd, path)
+        return Lock(fd, path, self._calls)
