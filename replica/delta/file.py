@@ -48,7 +48,7 @@ class _Scratch(threading.local):
 
     @cached_property
     def blob(self) -> memoryview:
-        return memoryview(bytearray(MAX_BLOB_BYTES))
+        return np.empty(MAX_BLOB_BYTES, np.uint8).data  # not zeroed: most deltas use little of it
 
 
 class DeltaFileReader:

@@ -363,10 +363,13 @@ Fault = Callable[[str, str, int], None]
 class Kernel(SystemCalls):
     """System calls on a `Disk`. `log` has every change in order; `notes` places in it with a meaning."""
 
-    def __init__(self, disk: Disk | None = None, *, fault: Fault | None = None, free_bytes: int = 1 << 40) -> None:
+    def __init__(
+        self, disk: Disk | None = None, *, fault: Fault | None = None, free_bytes: int = 1 << 40, labels: bool = True
+    ) -> None:
         self.disk = disk or Disk()
         self.log: list[Op] = []
         self.fault = fault
+        self._label = caller if labels else _nobody
         self.free_bytes = free_bytes
         self.calls = 0
         self._changed = threading.Condition(threading.RLock())
@@ -572,7 +575,7 @@ class Kernel(SystemCalls):
             except OSError:
                 self._do(Op("failed", ino))
                 raise
-            return self._do(Op("fsync", ino, (), caller()))
+            return self._do(Op("fsync", ino, (), self._label()))
 
     def fadvise(self, fd: int, *arguments: Any) -> None:  # type: ignore[override]
         if fd < _FIRST_FD:
@@ -624,7 +627,7 @@ class Kernel(SystemCalls):
             if self.disk.inodes[self._find(text)].entries:
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), text)
             parent, name = self._parent(text)
-            return self._do(Op("unlink", parent, (name,), caller()))
+            return self._do(Op("unlink", parent, (name,), self._label()))
 
     def listdir(self, path: Any) -> list[str]:  # type: ignore[override]
         if self._real(path):
@@ -647,7 +650,7 @@ class Kernel(SystemCalls):
             old_parent, old_name = self._parent(old)
             if parent != old_parent:
                 raise AssertionError("no file is moved between directories: that is not atomic in any order of syncs")
-            return self._do(Op("rename", parent, (old_name, name, ino), caller()))
+            return self._do(Op("rename", parent, (old_name, name, ino), self._label()))
 
     def link(self, source: Any, target: Any) -> None:  # type: ignore[override]
         if self._real(source):
@@ -670,7 +673,7 @@ class Kernel(SystemCalls):
             parent, name = self._parent(text)
             if name not in self.disk.inodes[parent].entries:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
-            return self._do(Op("unlink", parent, (name,), caller()))
+            return self._do(Op("unlink", parent, (name,), self._label()))
 
     def symlink(self, target: Any, path: Any) -> None:  # type: ignore[override]
         if self._real(path):
@@ -701,6 +704,10 @@ class Kernel(SystemCalls):
     def open_paths(self) -> list[str]:
         with self._changed:
             return sorted(path for _, _, path in self._fds.values())
+
+
+def _nobody() -> str:
+    return ""
 
 
 def caller() -> str:

@@ -266,7 +266,7 @@ class ViolationError(AssertionError):
 
 def check(state: PowerDisk, promise: Promise, *, seen: set[int] | None = None) -> None:
     """Recover, and hold the store to the promise. ViolationError. `seen`: recovered states that were checked before."""
-    kernel = Kernel(state.copy())
+    kernel = Kernel(state.copy(), labels=False)
     fs = FileSystem(kernel)
     directory = STORAGE / str(promise.primary.replica_id)
     try:
