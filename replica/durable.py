@@ -325,6 +325,12 @@ class FileSystem:
             info = os.statvfs(path)
         return info.f_bavail * info.f_frsize
 
+    def total_bytes(self, path: Path) -> int:
+        """The size of the file system that `path` lies on."""
+        with _named("stat", path):
+            info = os.statvfs(path)
+        return info.f_blocks * info.f_frsize
+
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
         """Take a kernel lock on `path` (made if missing). BusyError with message `busy` if taken and not `wait`."""
         with _named("lock", path):

@@ -203,6 +203,22 @@ class State(Frozen, frozen=True, omit_defaults=True):
         return {d.disk.name: d.root.hex() for d in self.disks}
 
 
+class Stamp(Frozen, frozen=True, omit_defaults=True):
+    """A moment at the receiver: by its wall clock, and by its observed time, which no setting of that clock moves
+    (`store.clock`). The sender has no say in either."""
+
+    wall_ns: int = 0
+    observed_ns: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.wall_ns < 1 << 63 and 0 <= self.observed_ns < 1 << 63):
+            raise ValueError("time out of range")
+
+
+NEVER = Stamp()
+"""No moment is known."""
+
+
 def rfc3339(time_ns: int) -> str:
     """RFC 3339 in UTC with microseconds, e.g. `2026-11-22T21:33:07.000250Z`."""
     moment = datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).replace(microsecond=time_ns // 1000 % 1_000_000)

@@ -39,7 +39,7 @@ from replica.delta.segment import (
 )
 from replica.durable import File
 from replica.errors import FormatError
-from replica.model import DeltaId, State
+from replica.model import DeltaId, Stamp, State
 from replica.progress import Progress, silent
 
 
@@ -94,6 +94,11 @@ class DeltaFileReader:
     @property
     def result(self) -> State:
         return self.manifest.result
+
+    @property
+    def committed(self) -> Stamp:
+        """Of an inverse: when its result had been committed."""
+        return self.manifest.committed
 
     @property
     def disks(self) -> tuple[DiskChange, ...]:

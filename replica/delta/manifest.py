@@ -26,7 +26,7 @@ from replica.delta.header import HEADER_BYTES, MAX_MANIFEST_BYTES
 from replica.delta.seal import TAG_BYTES
 from replica.delta.segment import MAX_BLOB_BYTES, MIN_BLOB_BYTES, SealedSegment
 from replica.errors import FormatError
-from replica.model import DIGEST_BYTES, DeltaId, Frozen, State
+from replica.model import DIGEST_BYTES, NEVER, DeltaId, Frozen, Stamp, State
 
 SEGMENT_ROW = np.dtype(
     [
@@ -64,10 +64,11 @@ class SegmentEntry(NamedTuple):
         return cls(sealed.number, sealed.disk, offset, len(sealed.blob), sealed.first, sealed.last, sealed.digest)
 
 
-class _States(Frozen, frozen=True):
+class _States(Frozen, frozen=True, omit_defaults=True):
     delta_id: DeltaId
     base: State
     result: State
+    committed: Stamp = NEVER
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,8 @@ class Manifest:
     result: State
     disks: tuple[DiskChange, ...]
     table: SegmentRows
+    committed: Stamp = NEVER
+    """Of an inverse: when the receiver had committed its result. What a sender says here is not listened to."""
 
     def entry(self, number: int) -> SegmentEntry:
         disk, length, offset, first, last, digest = self.table[number].item()
@@ -89,7 +92,9 @@ class Manifest:
         return (self.entry(number) for number in range(len(self.table)))
 
 
-def encode_manifest(delta_id: DeltaId, base: State, result: State, entries: Iterable[SegmentEntry]) -> bytes:
+def encode_manifest(
+    delta_id: DeltaId, base: State, result: State, entries: Iterable[SegmentEntry], committed: Stamp = NEVER
+) -> bytes:
     """The plaintext. `entries` come in number order; FormatError if it would be refused by `decode_manifest`."""
     rows = bytearray()
     for index, e in enumerate(entries):
@@ -98,7 +103,7 @@ def encode_manifest(delta_id: DeltaId, base: State, result: State, entries: Iter
         rows += _ROW.pack(e.disk, e.length, e.offset, e.first, e.last, e.digest)
     table = np.frombuffer(bytes(rows), dtype=SEGMENT_ROW)
     _check_table(table, disk_changes(base, result), "the delta")
-    states = msgspec.json.encode(_States(delta_id, base, result))
+    states = msgspec.json.encode(_States(delta_id, base, result, committed))
     return b"".join((_COUNT.pack(len(states)), states, _COUNT.pack(len(table)), rows))
 
 
@@ -121,7 +126,7 @@ def decode_manifest(data: bytes, name: str = "the delta") -> Manifest:
     table = np.frombuffer(data, dtype=SEGMENT_ROW, offset=fixed + length)
     disks = disk_changes(states.base, states.result)
     _check_table(table, disks, name)
-    return Manifest(states.delta_id, states.base, states.result, disks, table)
+    return Manifest(states.delta_id, states.base, states.result, disks, table, states.committed)
 
 
 def _check_table(table: SegmentRows, disks: tuple[DiskChange, ...], name: str) -> None:

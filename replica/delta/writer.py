@@ -30,7 +30,7 @@ from replica.delta.manifest import SegmentEntry, encode_manifest
 from replica.delta.seal import Kind, Sealer
 from replica.delta.segment import DEFAULT_LEVEL, SealedSegment, Segment, seal_segment
 from replica.durable import FileSystem
-from replica.model import DeltaId, Epoch, ReplicaId, State
+from replica.model import NEVER, DeltaId, Epoch, ReplicaId, Stamp, State
 
 SEALING_THREADS = 2
 
@@ -66,7 +66,9 @@ class DeltaSealer:
         """Compress and seal under a `number` from `allot`, or under the next one."""
         return seal_segment(self._sealer, self.allot() if number is None else number, segment, self._level)
 
-    def tail(self, entries: Iterable[SegmentEntry], base: State, result: State) -> bytes:
+    def tail(
+        self, entries: Iterable[SegmentEntry], base: State, result: State, committed: Stamp = NEVER
+    ) -> bytes:
         """Sealed manifest and trailer: what follows the last blob. Once.
 
         `entries` are those of all allotted numbers, in their order; they are read once, so that they may
@@ -82,7 +84,7 @@ class DeltaSealer:
                 count += 1
                 yield entry
 
-        manifest = encode_manifest(self._delta_id, base, result, counted())
+        manifest = encode_manifest(self._delta_id, base, result, counted(), committed)
         assert count == self._allotted, f"{self._allotted} segments were allotted and {count} are in the manifest"
         self._sealer.claim_manifest()
         sealed = self._sealer.seal(Kind.MANIFEST, 0, 0, manifest, len(manifest))
@@ -127,11 +129,14 @@ class DeltaWriter:
         while len(self._running) >= self._limit:
             self._drain()
 
-    def finish(self, base: State, result: State) -> None:
-        """Manifest and trailer, fsync, close: the file is complete and on stable storage, under its present name."""
+    def finish(self, base: State, result: State, committed: Stamp = NEVER) -> None:
+        """Manifest and trailer, fsync, close: the file is complete and on stable storage, under its present name.
+
+        `committed`, in an inverse: when the result had been committed here.
+        """
         while self._running:
             self._drain()
-        self._append(self._sealer.tail(self._entries, base, result))
+        self._append(self._sealer.tail(self._entries, base, result, committed))
         self._file.sync()
         self.close()
 

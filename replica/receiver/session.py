@@ -90,7 +90,7 @@ class Session:
 
     def start_commit(self, replica_id: ReplicaId, delta_id: DeltaId, tail: bytes, tail_offset: int) -> Job:
         """`commit` for callers that wait in their own way: on `Job.done`, then `outcome`."""
-        return self._slot(replica_id).start_commit(delta_id, tail, tail_offset, self._site.spec.keep_last)
+        return self._slot(replica_id).start_commit(delta_id, tail, tail_offset)
 
     def outcome(self, replica_id: ReplicaId, job: Job) -> ReplicaInfo:
         return self._slot(replica_id).outcome(job)

@@ -37,7 +37,10 @@ from replica.receiver.session import Session, find_disk
 from replica.receiver.slot import Slot
 from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
 from replica.receiver.stores import FileStores, Reader, Store, Stores
+from replica.receiver.upkeep import Housekeeper
 from replica.store import Identity
+from replica.store.retention import FLOODABLE
+from replica.store.space import Space
 from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
 
 __all__ = ["AllowSpec", "Session", "Site", "SiteSpec", "StorageSpec"]
@@ -71,12 +74,23 @@ class Site:
         self._turns = threading.Semaphore(MAX_COMMITS)
         self._enrolling = threading.Lock()
         self._slots: dict[ReplicaId, Slot] = {}
+        self._housekeeper = Housekeeper(lambda: list(self._slots.values()), self._spaces)
         for storage in spec.storages.values():
             for directory in self._stores.directories(storage.path):
                 self._find(directory)
         self.failed = 0
         self.recovering = len(self._slots)
+        self._warn_of_policies()
         self._recover(wait)
+        self._housekeeper.start()
+
+    def _spaces(self) -> list[tuple[str, Space]]:
+        return [(s.name, self._stores.space(s.path, s.limits)) for s in self.spec.storages.values()]
+
+    def _warn_of_policies(self) -> None:
+        for name, policy in [("*", self.spec.retention), *((m.machine, m.policy) for m in self.spec.machines)]:
+            if policy.is_floodable:
+                log.warning("retention of machine %r: %s", name, FLOODABLE)
 
     def _recover(self, wait: bool) -> None:
         """Open every slot, `MAX_COMMITS` at a time. In daemon threads: one that hangs must not hold up the end."""
@@ -114,7 +128,8 @@ class Site:
         self._slots[replica_id] = self._slot(replica_id, directory)
 
     def _slot(self, replica_id: ReplicaId, directory: Path, store: Store | None = None) -> Slot:
-        return Slot(self._stores, replica_id, directory, self._clock, self._turns, store, keep_last=self.spec.keep_last)
+        stores, wake = self._stores, self._housekeeper.wake
+        return Slot(stores, replica_id, directory, self._clock, self._turns, store, spec=self.spec, wake=wake)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -129,6 +144,7 @@ class Site:
         """Let running commits end, at most that long altogether, and close the stores; False if one did not end."""
         deadline = time.monotonic() + limit_seconds
         slots = list(self._slots.values())
+        self._housekeeper.stop()
         for slot in slots:
             slot.refuse()
         ended = [slot.close(max(0.0, deadline - time.monotonic())) for slot in slots]

@@ -31,8 +31,10 @@ from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError
 from replica.model import NIL, DeltaId, Epoch, ReplicaId, State, rfc3339
-from replica.receiver.admission import Activity, check_adopt, check_delta
+from replica.receiver.admission import Activity, Pace, check_adopt, check_delta
+from replica.receiver.spec import SiteSpec
 from replica.receiver.stores import Store, Stores
+from replica.receiver.upkeep import Upkeep
 from replica.store import Identity
 from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
 
@@ -61,11 +63,13 @@ class Slot:
         clock: Callable[[], float],
         turns: threading.Semaphore,
         store: Store | None = None,
-        keep_last: int | None = None,
+        *,
+        spec: SiteSpec,
+        wake: Callable[[Slot], None] = lambda _slot: None,
     ) -> None:
         """`turns` bounds how many replicas of the site rewrite their heads at the same time.
 
-        `keep_last` is for a commit that is taken up at the start; None rotates nothing.
+        `wake` has this slot's `tidy` called behind.
         """
         self.replica_id = replica_id
         self.directory = directory
@@ -74,7 +78,8 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
-        self._keep_last = keep_last
+        self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self))
+        self._pace = Pace(float(spec.max_points_per_hour), clock())
         self._opening = threading.Lock()
         self._open_job: Future[Store] | None = None
         self._jobs = threading.Lock()
@@ -204,6 +209,8 @@ class Slot:
         store = self._running_store()
         with self._jobs:
             self._refuse_while_working("begin a delta")
+        self._pace.check(self._clock(), self._upkeep.max_points_per_hour)
+        self._upkeep.check_begin()
         received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         with self._jobs:
             self._active = Activity(delta_id, begin.epoch, self._clock())
@@ -231,7 +238,7 @@ class Slot:
 
     # --- committing ---
 
-    def start_commit(self, delta_id: DeltaId, tail: bytes, tail_offset: int, keep_last: int) -> Job:
+    def start_commit(self, delta_id: DeltaId, tail: bytes, tail_offset: int) -> Job:
         """The job that commits `delta_id`: a new one, the running one, or one whose failure nobody was told."""
         store = self.store()
         with self._jobs:
@@ -241,11 +248,11 @@ class Slot:
                 return job
             self._refuse_while_working("commit a delta")
             job = self._job = Job(delta_id)
-        self._start(store, job, tail, tail_offset, keep_last)
+        self._start(store, job, tail, tail_offset)
         return job
 
-    def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
-        arguments = (store, job, tail, tail_offset, keep_last)
+    def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
+        arguments = (store, job, tail, tail_offset)
         threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
 
     def _take_up(self, store: Store) -> None:
@@ -256,7 +263,7 @@ class Slot:
         log.info("replica %s: going on with the commit of delta %s", self.replica_id, received)
         with self._jobs:
             job = self._job = Job(received)
-        self._start(store, job, b"", 0, self._keep_last)
+        self._start(store, job, b"", 0)
 
     def outcome(self, job: Job) -> ReplicaInfo:
         """The end of a job that is done: the new state, or its error. Whoever asks has been told."""
@@ -266,7 +273,7 @@ class Slot:
         job.done.result()
         return self.info()
 
-    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
+    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
         error: BaseException | None = None
         try:
             already = store.head.delta_id == job.delta_id and store.applying is None
@@ -274,7 +281,7 @@ class Slot:
                 store.finish(job.delta_id, tail, tail_offset)
             del tail
             with self._turns:
-                state = store.commit(job.delta_id)
+                state = store.commit(job.delta_id, reserve_bytes=self._upkeep.space().min_bytes)
             if not already:
                 log.info(
                     "replica %s (%s): committed point %d of %s",
@@ -283,8 +290,9 @@ class Slot:
                     state.point,
                     rfc3339(state.frozen_at_ns),
                 )
-            if keep_last is not None:
-                self._rotate(store, keep_last)
+                if state.is_point:
+                    self._pace = self._pace.take(self._clock(), self._upkeep.max_points_per_hour)
+            self._upkeep.after_commit(store)
         except ReplicaError as failure:
             log.error("replica %s (%s): commit failed: %s", self.replica_id, store.identity.machine, failure)
             error = failure
@@ -297,15 +305,14 @@ class Slot:
         else:
             job.done.set_exception(error)
 
-    def _rotate(self, store: Store, keep_last: int) -> None:
-        """A point that could not be dropped harms nobody; the next commit tries again."""
-        try:
-            dropped = store.rotate(keep_last)
-        except ReplicaError as error:
-            log.warning("replica %s: cannot rotate points: %s", self.replica_id, error)
-            return
-        if dropped:
-            log.info("replica %s: rotated out %s", self.replica_id, ", ".join(map(str, dropped)))
+    def tidy(self) -> None:
+        """Do what rotation and space ask for, if the store is open and not stopped by something else. Raises nothing."""
+        store = self._store
+        if store is not None and not self._closed:
+            try:
+                self._upkeep.tidy(store)
+            except Exception:
+                log.exception("replica %s: cannot rotate points", self.replica_id)
 
     # --- the job and the activity ---
 

@@ -16,8 +16,9 @@ from replica.durable import FileSystem
 from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
-from replica.store import Identity, PointInfo, ReplicaReader, ReplicaStore, replica_directories
+from replica.store import Identity, Policy, PointInfo, ReplicaReader, ReplicaStore, Rotated, replica_directories
 from replica.store.layout import Layout
+from replica.store.space import Space, SpaceLimits, judge
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -47,9 +48,10 @@ class Store(Protocol):
     def begin(self, delta_id: DeltaId, base: DeltaId, epoch: Epoch, header: bytes) -> list[tuple[int, int]]: ...
     def receive(self, delta_id: DeltaId, number: int, offset: int, digest: bytes, blob: memoryview) -> None: ...
     def finish(self, delta_id: DeltaId, tail: bytes, tail_offset: int) -> None: ...
-    def commit(self, delta_id: DeltaId) -> State: ...
+    def commit(self, delta_id: DeltaId, *, reserve_bytes: int = 0) -> State: ...
     def discard(self, delta_id: DeltaId) -> None: ...
-    def rotate(self, keep_last: int) -> list[int]: ...
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated: ...
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated: ...
     def close(self) -> None: ...
 
 
@@ -93,6 +95,9 @@ class Stores(Protocol):
     def reader(self, directory: Path) -> Reader:
         """Look at a replica without its lock."""
 
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        """How the storage under a replica stands."""
+
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         """Digests of the head's Merkle tree, 32 bytes each."""
 
@@ -122,6 +127,9 @@ class FileStores:
 
     def reader(self, directory: Path) -> Reader:
         return ReplicaReader(self._fs, directory)
+
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        return judge(self._fs.free_bytes(directory), self._fs.total_bytes(directory), limits)
 
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         with self._fs.open(Layout(directory).tree(disk.id)) as file:

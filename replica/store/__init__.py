@@ -9,19 +9,21 @@ from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
 from replica.store.replica import ReplicaStore
 from replica.store.restore import restore_point
-from replica.store.retention import DEFAULT_KEEP_LAST
+from replica.store.retention import Policy
+from replica.store.rotation import Rotated
 from replica.store.verify import DiskVerdict, verify_head
 
 __all__ = [
-    "DEFAULT_KEEP_LAST",
     "DiskVerdict",
     "HeadFormat",
     "Identity",
     "Layout",
     "PointInfo",
     "PointReader",
+    "Policy",
     "ReplicaReader",
     "ReplicaStore",
+    "Rotated",
     "StoreState",
     "replica_directories",
     "restore_point",

@@ -30,7 +30,7 @@ a crash like any other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from replica import documents
@@ -49,7 +49,7 @@ from replica.delta import (
 from replica.durable import FileSystem
 from replica.errors import BaseMismatchError, DamageError, ImageError, ProtocolError, ReplicaError, StorageError
 from replica.images.flat import FlatImage
-from replica.model import DeltaId, Epoch, State, random_id
+from replica.model import NEVER, DeltaId, Epoch, Stamp, State, random_id
 from replica.progress import Progress, silent
 from replica.store.head import FileHead
 from replica.store.incoming import final_path
@@ -64,9 +64,17 @@ class Committer:
     """
 
     def __init__(
-        self, fs: FileSystem, layout: Layout, keyring: Keyring, head_format: HeadFormat, state: StoreState
+        self,
+        fs: FileSystem,
+        layout: Layout,
+        keyring: Keyring,
+        head_format: HeadFormat,
+        state: StoreState,
+        now: Callable[[], Stamp] = lambda: NEVER,
     ) -> None:
+        """`now` is the receiver's time, which a new head is stamped with."""
         self._fs = fs
+        self._now = now
         self._layout = layout
         self._keyring = keyring
         self._head_format = head_format
@@ -122,7 +130,7 @@ class Committer:
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        state = StoreState(self.state.head, epoch, self.state.applying)
+        state = StoreState(self.state.head, epoch, self.state.applying, self.state.committed)
         documents.save(self._fs, self._layout.state, state)
         self.state = state
 
@@ -172,7 +180,7 @@ class Committer:
         inverse_id = DeltaId(random_id())
         with DeltaWriter(self._fs, temporary, key, state.head.replica_id, inverse_id, state.epoch) as writer:
             prepare(head, delta, writer.add, progress)
-            writer.finish(base=delta.result, result=delta.base)
+            writer.finish(base=delta.result, result=delta.base, committed=state.committed)
 
     def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta, *, garbage: Path | None = None) -> None:
         """Passes 2 and 3 and the state: what follows once the inverse is in place. Idempotent.
@@ -245,7 +253,8 @@ class Committer:
         return FileHead.open_interrupted(self._fs, self._layout, self.state.head, other, self._head_format)
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
-        state = StoreState(head, self.state.epoch, applying)
+        committed = self.state.committed if head == self.state.head else self._now()
+        state = StoreState(head, self.state.epoch, applying, committed)
         documents.save(self._fs, self._layout.state, state)
         self.state = state
 

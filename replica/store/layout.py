@@ -8,6 +8,9 @@
       incoming/<delta id>     received, not yet applied; `.part` and `.index` while it arrives
       points/<delta id>       inverse: undoes the delta of that id, and so holds the older point
       pins/<delta id>         readers of the state of that id hold a shared kernel lock on it
+      pins.lock               shared while a reader takes its pin, exclusive while inverses are replaced or removed
+      marks/retention         point locks and the observed time         (atomic replace)
+      marks.lock              held while that document is changed, and while inverses are replaced or removed
       keys/<key id>           data keys (0600)
       lock                    the one writer holds it
       head.lock               held exclusively while the head is being rewritten
@@ -29,7 +32,7 @@ import tomli_w
 
 from replica.durable import FileSystem
 from replica.errors import FormatError
-from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId, State, check_name
+from replica.model import NEVER, DeltaId, DiskId, Epoch, Frozen, ReplicaId, Stamp, State, check_name
 
 HeadFormat = Literal["raw", "vhd"]
 MAX_IDENTITY_BYTES = 64 << 10
@@ -50,11 +53,12 @@ class Identity(Frozen, frozen=True):
 
 
 class StoreState(Frozen, frozen=True):
-    """The document `state`: what the head is, who may write, and what is being applied."""
+    """The document `state`: what the head is, who may write, what is being applied, and when the head was committed."""
 
     head: State
     epoch: Epoch
     applying: DeltaId | None = None
+    committed: Stamp = NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,22 @@ class Layout:
     @property
     def pins(self) -> Path:
         return self.root / "pins"
+
+    @property
+    def pins_lock(self) -> Path:
+        return self.root / "pins.lock"
+
+    @property
+    def marks(self) -> Path:
+        return self.root / "marks"
+
+    @property
+    def retention(self) -> Path:
+        return self.marks / "retention"
+
+    @property
+    def marks_lock(self) -> Path:
+        return self.root / "marks.lock"
 
     @property
     def keys(self) -> Path:

@@ -6,6 +6,12 @@ points are what can be reached from the head by following those links, but for
 the steps of a long copy (`State.partial`). File names are never trusted for it,
 so that a file in the wrong place changes nothing.
 
+Thinning writes an inverse that leads over several states at once before it removes the ones it replaces (`thin`), and a
+crash may leave both. So the links are no list but a graph without circles, and the chain is the way through it that
+leads farthest back, and of those that lead there the one with the most states: what is not removed yet is listed.
+Links that can be reached but are not on that way are *spare*: what they lead to can be reached without them, or had
+been given up when they were to be removed. Links that cannot be reached are *strays*: damage, and never removed.
+
 While a delta is being applied (`state.applying`) the head may be half written.
 Its inverse is in place by then, so the walk starts one step earlier, at the
 state being made: the newest committed point is read through that inverse.
@@ -20,7 +26,7 @@ from replica import documents
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
-from replica.model import State
+from replica.model import NEVER, DeltaId, Stamp, State
 from replica.store.layout import Layout, StoreState
 
 LOOKS = 100
@@ -35,6 +41,8 @@ class Link:
     base: State
     result: State
     stored_bytes: int
+    committed: Stamp = NEVER
+    """When `result` had been committed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class PointInfo:
     state: State
     stored_bytes: int
     restorable: bool
+    committed: Stamp = NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class Chain:
     links: tuple[Link, ...]
     strays: tuple[Link, ...]
     torn: bool
+    spare: tuple[Link, ...] = ()
+    """Farthest from the head first: the order in which they may be removed."""
 
     @property
     def top(self) -> State:
@@ -128,7 +139,7 @@ class PointIndex:
         path = self._layout.points / name
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
-                self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes)
+                self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes, reader.committed)
         except KeyMissingError:
             raise
         except DamageError:
@@ -153,14 +164,51 @@ class PointIndex:
 
 
 def _assemble(state: StoreState, links: list[Link], *, torn: bool) -> Chain:
-    by_base = {link.base.delta_id: link for link in links}
-    found: list[Link] = []
-    if state.applying is not None:
-        undoing = by_base.get(state.applying)
-        if undoing is not None and undoing.result == state.head:
-            found.append(by_base.pop(state.applying))
-    current = state.head
-    while (link := by_base.get(current.delta_id)) is not None and link.base == current:
-        found.append(by_base.pop(current.delta_id))
-        current = link.result
-    return Chain(state, tuple(found), tuple(by_base.values()), torn)
+    from_base: dict[DeltaId, list[Link]] = {}
+    undoing: list[Link] = []
+    for link in links:
+        if not undoing and link.base.delta_id == state.applying and link.result == state.head:
+            undoing.append(link)
+        else:
+            from_base.setdefault(link.base.delta_id, []).append(link)
+    order = _reachable(state.head, from_base)
+    depth, by = _longest(state.head, order)
+    oldest = min(depth, key=lambda state: (state.point, state.partial, -depth[state]), default=state.head)
+    way: list[Link] = []
+    while oldest in by:
+        way.append(by[oldest])
+        oldest = by[oldest].base
+    on_way, reached = {link.path for link in way}, {link.path for link in order}
+    spare = [link for link in order if link.path not in on_way]
+    spare.sort(key=lambda link: depth[link.base], reverse=True)
+    seen = reached | {link.path for link in undoing}
+    strays = tuple(link for link in links if link.path not in seen)
+    return Chain(state, (*undoing, *reversed(way)), strays, torn, tuple(spare))
+
+
+def _reachable(head: State, from_base: dict[DeltaId, list[Link]]) -> list[Link]:
+    """Every link that can be reached from the head, each after all that lead to its base."""
+    finished: list[Link] = []
+    seen: set[DeltaId] = set()
+    stack: list[tuple[State, Link | None, bool]] = [(head, None, False)]
+    while stack:
+        state, via, done = stack.pop()
+        if done:
+            if via is not None:
+                finished.append(via)
+            continue
+        stack.append((state, via, True))
+        if state.delta_id in seen:
+            continue
+        seen.add(state.delta_id)
+        stack.extend((link.result, link, False) for link in from_base.get(state.delta_id, ()) if link.base == state)
+    return finished[::-1]
+
+
+def _longest(head: State, links: list[Link]) -> tuple[dict[State, int], dict[State, Link]]:
+    """For every state the most steps in which it can be reached, and the last of them."""
+    depth, by = {head: 0}, {}
+    for link in links:
+        if depth[link.base] + 1 > depth.get(link.result, 0):
+            depth[link.result], by[link.result] = depth[link.base] + 1, link
+    return depth, by

@@ -73,18 +73,18 @@ class ReplicaReader:
         chain = self._index.chain()
         head = chain.state.head
         infos = [
-            PointInfo(link.result, link.stored_bytes, not chain.torn)
+            PointInfo(link.result, link.stored_bytes, not chain.torn, link.committed)
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain)))
+            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain), chain.state.committed))
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
                 if state.is_point and state.delta_id not in known and state.point < head.point:
                     known.add(state.delta_id)
-                    infos.append(PointInfo(state, stray.stored_bytes, False))
+                    infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
         return sorted(infos, key=lambda info: info.state.point)
 
     @property

@@ -5,20 +5,24 @@
     store.receive(delta_id, number, offset, digest, blob)
     store.finish(delta_id, tail, tail_offset)           # "received"
     store.commit(delta_id)                              # "committed"
-    store.rotate(keep_last=24)
+    store.rotate(policy)                                # what goes from the old end, quick
+    store.thin(policy)                                  # what goes in the middle, beside all the others
 
 When a commit fails in the middle the replica *stops*: every point stays
 readable, nothing is acknowledged, and each later call first tries to recover,
 so that it goes on by itself once the cause (a full disk, say) is gone.
 
-Thread-safe. Segments are received in parallel; one commit or rotation runs at
-a time, and a call that would have to wait for it raises BusyError instead.
+Thread-safe. Segments are received in parallel; one commit runs at a time, and a
+call that would have to wait for it raises BusyError instead. Rotation and
+thinning go on beside all that; only their short steps wait for a commit's end,
+and a commit for theirs.
 """
 
 from __future__ import annotations
 
 import hmac
 import threading
+from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -29,6 +33,7 @@ from replica.errors import (
     BaseMismatchError,
     BusyError,
     ConflictError,
+    DamageError,
     FencedError,
     KeyMissingError,
     ProtocolError,
@@ -40,9 +45,10 @@ from replica.progress import Progress, silent
 from replica.store.commit import Committer
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
 from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
-from replica.store.pins import try_unpin_all
-from replica.store.points import PointIndex
-from replica.store.retention import to_drop
+from replica.store.marks import Marks
+from replica.store.retention import Policy
+from replica.store.rotation import Rotated, Rotator
+from replica.store.space import commit_bytes, full
 
 
 class ReplicaStore:
@@ -54,9 +60,14 @@ class ReplicaStore:
         self._lock = lock
         self.identity = identity
         self._keyring = Keyring(fs, layout.keys)
-        self._index = PointIndex(fs, layout, self._keyring)
+        self._marks = Marks(fs, layout)
         self._mutex = threading.RLock()
         self._working = threading.Lock()
+        self._quiet = threading.Lock()
+        self._dropping, self._thinning = threading.Lock(), threading.Lock()
+        self._dropper, self._thinner = (
+            Rotator(fs, layout, self._keyring, self._marks, lambda: self._quiet, lambda: self._closed) for _ in "12"
+        )
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
         self._closed = False
@@ -74,6 +85,7 @@ class ReplicaStore:
             for directory in (layout.head, layout.incoming, layout.points, layout.pins):
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
+            Marks(fs, layout).ensure()
             documents.save(fs, layout.state, StoreState(State.empty(identity.replica_id, epoch), epoch))
             write_identity(fs, layout, identity)
             return cls(fs, layout, lock, identity)
@@ -107,12 +119,15 @@ class ReplicaStore:
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
                 hint="directories were mixed up; put each file back where it came from",
             )
-        self._committer = Committer(self._fs, self._layout, self._keyring, self.identity.head_format, state)
+        self._committer = Committer(
+            self._fs, self._layout, self._keyring, self.identity.head_format, state, self._marks.now
+        )
 
     def _attempt_recovery(self) -> None:
         try:
             self._load()
             self._committer.recover()
+            self._marks.ensure()
         except ReplicaError as error:
             self.stopped = error
         else:
@@ -125,6 +140,7 @@ class ReplicaStore:
         """
         with self._working, self._mutex:
             self._closed = True
+        with self._dropping, self._thinning, self._mutex:
             if self._incoming is not None:
                 self._incoming.close()
                 self._incoming = None
@@ -287,11 +303,13 @@ class ReplicaStore:
 
     # --- committing ---
 
-    def commit(self, delta_id: DeltaId, progress: Progress = silent) -> State:
+    def commit(self, delta_id: DeltaId, progress: Progress = silent, *, reserve_bytes: int = 0) -> State:
         """Apply a received delta. Idempotent: a committed one answers the state it made.
 
         A delta that is refused (base, roots, damage) is discarded, the head
-        untouched. Any other failure may stop the replica until it recovers.
+        untouched. Where the space that it takes at most would not leave
+        `reserve_bytes` free, it is kept, and StorageFullError says so. Any
+        other failure may stop the replica until it recovers.
         """
         with self._mutex:
             self._ensure_open()
@@ -305,12 +323,30 @@ class ReplicaStore:
             if not self._working.acquire(blocking=False):
                 raise self._busy()
         try:
+            if reserve_bytes:
+                self._check_space(delta_id, reserve_bytes)
+            with self._quiet:
+                return self._commit(delta_id, progress)
+        finally:
+            self._working.release()
+
+    def _check_space(self, delta_id: DeltaId, reserve_bytes: int) -> None:
+        path = final_path(self._layout, delta_id)
+        try:
+            with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
+                need_bytes = commit_bytes(reader)
+        except DamageError:
+            return  # for the commit to refuse
+        free_bytes = self._fs.free_bytes(self._layout.root)
+        if free_bytes - need_bytes < reserve_bytes:
+            raise full(self._layout.root, free_bytes, need_bytes, reserve_bytes)
+
+    def _commit(self, delta_id: DeltaId, progress: Progress) -> State:
+        try:
             return self._committer.commit(delta_id, progress)
         except BaseException as error:
             self._after_failure(error)
             raise
-        finally:
-            self._working.release()
 
     def _after_failure(self, error: BaseException) -> None:
         """Stop if the head may be half written or the state file is in doubt; else a refused delta is discarded."""
@@ -322,33 +358,30 @@ class ReplicaStore:
         else:
             discard_all(self._fs, self._layout)
 
-    def rotate(self, keep_last: int) -> list[int]:
-        """Drop the points that the policy no longer keeps, oldest first, up to one that is being read."""
-        if not self._working.acquire(blocking=False):
-            raise self._busy()
-        try:
+    # --- rotating ---
+
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        """Drop the points that the policy no longer keeps from the old end, up to one that is being read.
+
+        `shed_bytes`: space is short, give up points worth that much more. Raises BusyError, StorageError.
+        """
+        with self._dropping:
             self._ensure_open()
-            chain = self._index.chain()
-            if chain.state.applying is not None:
-                return []
-            links = list(chain.links)
-            if links and links[-1].result.is_empty:
-                self._fs.unlink(links.pop().path)
-            states = [link.result for link in reversed(links)]
-            numbers = [state.point for state in states] + [chain.state.head.point]
-            dropped = []
-            for number in to_drop(numbers, keep_last):
-                link = links.pop()
-                lock = try_unpin_all(self._fs, self._layout, link.result.delta_id)
-                if lock is None:
-                    break
-                with lock:
-                    self._fs.unlink(link.path)
-                    self._fs.unlink(self._layout.pin(link.result.delta_id))
-                dropped.append(number)
-            return dropped
-        finally:
-            self._working.release()
+            self._keep_time()
+            return self._dropper.drop(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        """Compose away the points that the policy no longer keeps between others: may take long, stops nothing.
+
+        `at_once`: also where more will go of the same hour or day soon. Raises BusyError, StorageError.
+        """
+        with self._thinning:
+            self._ensure_open()
+            return self._thinner.thin(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    def _keep_time(self) -> None:
+        with suppress(DamageError):  # said by whoever asks for the locks; until it is mended, time stands still
+            self._marks.keep_time()
 
     def _ensure_open(self) -> None:
         if self._closed:

@@ -103,7 +103,7 @@ class Lab:
             '[tls]\nca = "pki/ca.crt"\ncert = "pki/dr-1.crt"\nkey = "pki/dr-1.key"\n'
             f'[[storage]]\nname = "tier1"\npath = "{self.storage}"\nhead = "{self.head}"\n'
             '[[allow]]\nprimary = "hv-*"\nstorage = "tier1"\ntrust_group = "prod"\n'
-            f"[retention]\nkeep_last = {self.keep_last}\n"
+            f"[retention]\nkeep_last = {self.keep_last}\nhourly = 0\n"
         )
         return path
 

@@ -26,7 +26,8 @@ from replica.errors import (
     ReplicaError,
 )
 from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, Epoch, KeyId, ReplicaId, State, random_id
-from replica.store import Identity, PointInfo
+from replica.store import Identity, PointInfo, Policy, Rotated
+from replica.store.space import Space, SpaceLimits, judge
 
 DISK = Disk(DiskId(UUID(int=7)), "os", 3 << 20)
 
@@ -102,7 +103,7 @@ class MemoryStore:
             raise ProtocolError("not open")
         self.tail = tail
 
-    def commit(self, delta_id: DeltaId) -> State:
+    def commit(self, delta_id: DeltaId, *, reserve_bytes: int = 0) -> State:
         if self.head.delta_id == delta_id:
             return self.head
         self.commits += 1
@@ -120,9 +121,12 @@ class MemoryStore:
         if self.receiving == delta_id:
             self.receiving = None
 
-    def rotate(self, keep_last: int) -> list[int]:
-        dropped, self.states = self.states[:-keep_last], self.states[-keep_last:]
-        return [state.point for state in dropped]
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        dropped, self.states = self.states[: -policy.keep_last], self.states[-policy.keep_last :]
+        return Rotated(tuple(state.point for state in dropped))
+
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        return Rotated()
 
     def close(self) -> None:
         self.closed = True
@@ -194,6 +198,7 @@ class MemoryStores:
         self.locked: dict[ReplicaId, ReplicaError] = {}
         self.open_points = 0
         self.damage_at: int | None = None
+        self.free_bytes = 1 << 39
 
     def __iter__(self) -> Iterator[MemoryStore]:
         return iter(self.all.values())
@@ -217,6 +222,9 @@ class MemoryStores:
         if replica_id in self.broken:
             raise self.broken[replica_id]
         return MemoryReader(self.all[replica_id], self)
+
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        return judge(self.free_bytes, 1 << 40, limits)
 
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         if first + count > 256 ** (4 - level):

@@ -27,7 +27,7 @@ from replica.errors import (
     TargetExistsError,
 )
 from replica.model import DeltaId, DiskId, Epoch, random_id
-from replica.store import Layout, ReplicaReader, ReplicaStore, StoreState, restore_point
+from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, restore_point
 from tests.store.small_primary import SmallPrimary
 
 SIZES = {"os": 3_000_001, "data": 9_437_184}
@@ -61,13 +61,13 @@ def test_points_restore_exactly_and_rotate(fs: FileSystem, tmp_path: Path, head_
         primary.sync(store)
     primary.sync(store)  # nothing changed: a point all the same
     check_points(fs, store.directory, primary, [1, 2, 3, 4, 5, 6, 7])
-    assert store.rotate(3) == [1, 2, 3, 4]
-    check_points(fs, store.directory, primary, [5, 6, 7])
-    assert store.rotate(3) == []
+    assert list(store.rotate(Policy(keep_last=3, hourly=0)).dropped) == [1, 2, 3]
+    check_points(fs, store.directory, primary, [4, 5, 6, 7])  # 6 and 7 are equal and count as one
+    assert list(store.rotate(Policy(keep_last=3, hourly=0)).dropped) == []
     assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
     store.close()
     assert not fs.list_names(store.directory / "incoming")
-    assert len(fs.list_names(store.directory / "points")) == 2
+    assert len(fs.list_names(store.directory / "points")) == 3
 
 
 def test_disks_grow_shrink_come_and_go(fs: FileSystem, tmp_path: Path) -> None:
@@ -392,9 +392,9 @@ def test_a_pinned_point_is_not_rotated_out(fs: FileSystem, tmp_path: Path) -> No
         primary.scribble()
         primary.sync(store)
     with ReplicaReader(fs, store.directory).open_point(2):
-        assert store.rotate(1) == [1]
+        assert list(store.rotate(Policy(keep_last=1, hourly=0)).dropped) == [1]
         check_points(fs, store.directory, primary, [2, 3, 4])
-    assert store.rotate(1) == [2, 3]
+    assert list(store.rotate(Policy(keep_last=1, hourly=0)).dropped) == [2, 3]
     assert not fs.list_names(store.directory / "points")
     with pytest.raises(PointGoneError, match="4 to 4"):
         ReplicaReader(fs, store.directory).open_point(2)
@@ -432,7 +432,7 @@ def test_points_read_exactly_while_commits_go_on(fs: FileSystem, tmp_path: Path)
         primary.copies[made.result.point] = {n: bytes(d) for n, d in primary.content.items()}
         store.commit(made.delta_id)
         primary.acknowledge(made)
-        store.rotate(3)
+        store.rotate(Policy(keep_last=3, hourly=0))
     stop.set()
     for thread in threads:
         thread.join()
@@ -465,7 +465,7 @@ def test_damaged_points_are_never_silently_left_out(fs: FileSystem, tmp_path: Pa
     for _ in range(4):
         primary.scribble()
         primary.sync(store)
-    store.rotate(24)
+    store.rotate(Policy(keep_last=24, hourly=0))
     reader = ReplicaReader(fs, store.directory)
     assert len(reader.points()) == 4 and reader.damaged == []
     oldest = next(p for p in (store.directory / "points").iterdir() if p.name == str(primary.made[1].delta_id))
