@@ -30,9 +30,10 @@ from replica.toml import Source
 if TYPE_CHECKING:
     from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
     from replica.receiver.spec import SiteSpec
+    from replica.store.retention import Policy
+    from replica.store.space import Limit, SpaceLimits
     from replica.transport.tls import TlsFiles
 
-DEFAULT_KEEP_LAST = 24
 DEFAULT_FREEZE_LIMIT = "30s"
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -54,6 +55,8 @@ class StorageTable(msgspec.Struct, frozen=True):
     name: Text
     path: Text
     head: Literal["raw", "vhd"] = "raw"
+    warn_free: Text | None = None
+    min_free: Text | None = None
 
 
 class AllowTable(msgspec.Struct, frozen=True):
@@ -64,10 +67,39 @@ class AllowTable(msgspec.Struct, frozen=True):
     trust_group: Text = "default"
 
 
-class RetentionTable(msgspec.Struct, frozen=True):
-    """`[retention]`: how many points every replica keeps."""
+Count = Annotated[int, Meta(ge=0, le=100_000)]
+AtLeastOne = Annotated[int, Meta(ge=1, le=100_000)]
 
-    keep_last: Annotated[int, Meta(ge=1, le=100_000)] = DEFAULT_KEEP_LAST
+
+class MachineRetentionTable(msgspec.Struct, frozen=True):
+    """`[[retention.machine]]`: what differs from `[retention]` for machines whose name matches."""
+
+    machine: Text
+    keep_last: AtLeastOne | None = None
+    hourly: Count | None = None
+    daily: Count | None = None
+    weekly: Count | None = None
+    monthly: Count | None = None
+    yearly: Count | None = None
+    min_count: AtLeastOne | None = None
+    min_age: Text | None = None
+    shed_buckets: bool | None = None
+
+
+class RetentionTable(msgspec.Struct, frozen=True):
+    """`[retention]`: which points every replica keeps."""
+
+    keep_last: AtLeastOne | None = None
+    hourly: Count | None = None
+    daily: Count | None = None
+    weekly: Count | None = None
+    monthly: Count | None = None
+    yearly: Count | None = None
+    min_count: AtLeastOne | None = None
+    min_age: Text | None = None
+    shed_buckets: bool | None = None
+    max_points_per_hour: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    machine: tuple[MachineRetentionTable, ...] = ()
 
 
 class ReceiverFile(msgspec.Struct, frozen=True):
@@ -118,6 +150,28 @@ def parse_duration(text: str) -> float:
     if not parts or "".join(n + u for n, u in parts) != "".join(text.split()):
         raise ValueError(f"{text!r} is no duration; write a number and a unit, such as 30s, 5min or 1h")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `512MiB`, `10 GiB`, `1.5TiB`. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB)\s*", text)
+    if not found:
+        raise ValueError(f"{text!r} is no size; write a number and MiB, GiB or TiB, such as 10GiB")
+    return int(float(found[1]) * (1 << {"MiB": 20, "GiB": 30, "TiB": 40}[found[2]]))
+
+
+def parse_limit(text: str) -> Limit:
+    """A size, or a share of the file system: `10GiB`, `5%`. Raises ValueError."""
+    from replica.store.space import Limit
+
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
+        if float(found[1]) > 90:
+            raise ValueError(f"{text!r} is more than 90%, which would leave no room for points")
+        return Limit(share=float(found[1]) / 100)
+    try:
+        return Limit(size_bytes=parse_size(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size and no share; write it like 10GiB or 5%") from error
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -186,7 +240,8 @@ def _read_as(path: Path, kind: Literal["sender", "receiver"]) -> None:
 
 def load_receiver(path: Path) -> SiteSpec:
     """`receiver.toml` as a SiteSpec. Raises ConfigError with file and line."""
-    from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
+    from replica.receiver.spec import MAX_POINTS_PER_HOUR, AllowSpec, MachineRetention, SiteSpec, StorageSpec
+    from replica.store.retention import Policy
 
     _read_as(path, "receiver")
     source, file = toml.read(path, ReceiverFile)
@@ -197,11 +252,19 @@ def load_receiver(path: Path) -> SiteSpec:
     _unique(source, "storage", [storage.name for storage in file.storage], ("storage",))
     if not file.storage:
         source.fail((), "no [[storage]] is declared", "add one with a name and a path")
-    storages = {s.name: StorageSpec(name=s.name, path=_path(path, s.path), head=s.head) for s in file.storage}
+    storages = {
+        s.name: StorageSpec(s.name, _path(path, s.path), s.head, _limits(source, s, ("storage", n)))
+        for n, s in enumerate(file.storage)
+    }
     for number, entry in enumerate(file.allow):
         if entry.storage not in storages:
             hint = f"declared are: {', '.join(storages)}"
             source.fail(("allow", number, "storage"), f"storage {entry.storage!r} is not declared", hint)
+    retention = _policy(source, file.retention, Policy(), ("retention",))
+    machines = [
+        MachineRetention(table.machine, _policy(source, table, retention, ("retention", "machine", number)))
+        for number, table in enumerate(file.retention.machine)
+    ]
     allow = [AllowSpec(primary=a.primary, storage=a.storage, trust_group=a.trust_group) for a in file.allow]
     return SiteSpec(
         listen_host=host,
@@ -209,8 +272,39 @@ def load_receiver(path: Path) -> SiteSpec:
         tls=_tls(path, file.tls),
         storages=storages,
         allow=allow,
-        keep_last=file.retention.keep_last,
+        retention=retention,
+        machines=machines,
+        max_points_per_hour=file.retention.max_points_per_hour or MAX_POINTS_PER_HOUR,
     )
+
+
+def _limits(source: Source, table: StorageTable, place: toml.Place) -> SpaceLimits:
+    from replica.store.space import SpaceLimits
+
+    limits = {}
+    for key in ("warn_free", "min_free"):
+        text = getattr(table, key)
+        if text is not None:
+            try:
+                limits[key] = parse_limit(text)
+            except ValueError as error:
+                source.fail((*place, key), f"`{key}`: {error}")
+    return SpaceLimits(**limits)
+
+
+def _policy(
+    source: Source, table: RetentionTable | MachineRetentionTable, otherwise: Policy, place: toml.Place
+) -> Policy:
+    """The policy that a table says, with another one's values where it says nothing."""
+    names = {f.name for f in msgspec.structs.fields(table)} & {f.name for f in msgspec.structs.fields(otherwise)}
+    values = {name: getattr(table, name) for name in names if getattr(table, name) is not None}
+    if table.min_age is not None:
+        try:
+            values["min_age_seconds"] = parse_duration(table.min_age)
+            return msgspec.structs.replace(otherwise, **values)
+        except ValueError as error:
+            source.fail((*place, "min_age"), f"`min_age`: {error}")
+    return msgspec.structs.replace(otherwise, **values)
 
 
 def load_sender(path: Path) -> SenderSpec:

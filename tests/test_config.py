@@ -9,6 +9,8 @@ import pytest
 from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_url
 from replica.errors import ConfigError
 from replica.model import Consistency
+from replica.store import Policy
+from replica.store.space import Limit, SpaceLimits
 
 RECEIVER = """\
 listen = "127.0.0.1:8443"
@@ -64,7 +66,7 @@ def receiver_error(tmp_path: Path, text: str) -> ConfigError:
 
 def test_the_documented_receiver(tmp_path: Path) -> None:
     spec = load_receiver(write(tmp_path, "receiver.toml", RECEIVER))
-    assert (spec.listen_host, spec.listen_port, spec.keep_last) == ("127.0.0.1", 8443, 24)
+    assert (spec.listen_host, spec.listen_port, spec.retention.keep_last) == ("127.0.0.1", 8443, 24)
     assert spec.tls.ca == tmp_path / "pki/ca.crt"
     assert spec.tls.key == tmp_path / "pki/dr-1.key"
     storage = spec.storages["tier1"]
@@ -107,7 +109,7 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
 def test_defaults_of_a_receiver(tmp_path: Path) -> None:
     text = RECEIVER.replace("[retention]\nkeep_last = 24\n", "").replace('trust_group = "prod"\n', "")
     spec = load_receiver(write(tmp_path, "receiver.toml", text.replace('path = "replicas/"', 'path = "r"\nhead="vhd"')))
-    assert spec.keep_last == 24
+    assert spec.retention == Policy(keep_last=24, hourly=24)
     assert spec.storages["tier1"].head == "vhd"
     assert spec.allow[0].trust_group == "default"
 
@@ -188,6 +190,14 @@ def test_a_mistake_in_a_sender_is_named(tmp_path: Path, old: str, new: str, line
         ("keep_last = 24", "keep_last = 0", 14, ["retention.keep_last", ">= 1"]),
         ("keep_last = 24", 'keep_last = "24"', 14, ["retention.keep_last", "int"]),
         ("keep_last", "keep_lst", 14, ["`keep_last`"]),
+        ("keep_last = 24", "hourly = -1", 14, ["retention.hourly", ">= 0"]),
+        ("keep_last = 24", 'min_age = "7"', 14, ["`min_age`", "no duration"]),
+        ("keep_last = 24", 'min_age = "200000d"', 14, ["`min_age`", "100 years"]),
+        ("keep_last = 24", "min_count = 0", 14, ["retention.min_count", ">= 1"]),
+        ("keep_last = 24", "[[retention.machine]]\nhourly = 1", 14, ["`machine` is missing"]),
+        ("keep_last = 24", '[[retention.machine]]\nmachine = "a"\nhourli = 1', 16, ["`hourly`"]),
+        ('path = "replicas/"', 'path = "replicas/"\nmin_free = "5"', 9, ["`min_free`", "10GiB or 5%"]),
+        ('path = "replicas/"', 'path = "replicas/"\nwarn_free = "95%"', 9, ["`warn_free`", "90%"]),
         ('storage = "tier1"', 'storage = "tier2"', 11, ["'tier2' is not declared", "tier1"]),
         ('path = "replicas/"', 'path = "replicas/"\nhead = "vhdx"', 9, ["storage.head", "vhdx"]),
         ("[retention]", '[[storage]]\nname = "tier1"\npath = "x"\n[retention]', 13, ["two of [[storage]]", "'tier1'"]),
@@ -199,6 +209,24 @@ def test_a_mistake_in_a_receiver_is_named(tmp_path: Path, old: str, new: str, li
     assert f"receiver.toml:{line}: " in str(error)
     for word in words:
         assert word in str(error)
+
+
+def test_retention_and_space(tmp_path: Path) -> None:
+    """A machine's table says what differs; the first pattern that matches counts."""
+    text = RECEIVER.replace('path = "replicas/"', 'path = "replicas/"\nwarn_free = "100 GiB"\nmin_free = "2.5%"') + (
+        'daily = 7\nmin_age = "1h30min"\nmax_points_per_hour = 60\n'
+        '[[retention.machine]]\nmachine = "db-*"\nhourly = 48\nmin_count = 5\nshed_buckets = true\n'
+        '[[retention.machine]]\nmachine = "hv-1/*"\nmin_age = "0s"\n'
+    )
+    spec = load_receiver(write(tmp_path, "receiver.toml", text))
+    base = Policy(keep_last=24, daily=7, min_age_seconds=5400)
+    assert spec.retention == spec.policy("hv-2", "web-1") == base
+    assert spec.policy("hv-1", "db-1") == Policy(
+        keep_last=24, hourly=48, daily=7, min_count=5, min_age_seconds=5400, shed_buckets=True
+    )
+    assert spec.policy("hv-1", "web-1") == Policy(keep_last=24, daily=7)
+    assert spec.max_points_per_hour == 60
+    assert spec.limits(tmp_path / "replicas" / "x") == SpaceLimits(Limit(100 << 30), Limit(share=0.025))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import click
 
 from replica import __version__
-from replica.cli import pki, points, restore, serve, status, sync, verify
+from replica.cli import lock, pki, points, prune, restore, serve, status, sync, verify
 from replica.cli.output import complain
 from replica.errors import ReplicaError
 
@@ -43,6 +43,8 @@ def cli() -> None:
       replica serve -c receiver.toml                     take what primaries send
       replica points web-1 -c receiver.toml              which points can be restored
       replica restore web-1 --to out/ -c receiver.toml   the newest point as image files
+      replica lock web-1 --point 3 --until 2027-01-31 -c receiver.toml
+                                                         a point that must stay
     At the primary site:
       replica sync web-1 -c sender.toml                  one cycle, now
       replica run -c sender.toml                         cycles on schedule until stopped
@@ -58,6 +60,8 @@ for command in (
     points.points,
     restore.restore,
     verify.verify,
+    lock.lock,
+    prune.prune,
 ):
     cli.add_command(command)
 

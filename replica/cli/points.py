@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import duration, print_json, print_table, size
+from replica.cli.output import complain, duration, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from replica.durable import FileSystem
+    from replica.model import DeltaId
+    from replica.receiver.spec import SiteSpec
+    from replica.store import ReplicaReader
 
 
 @click.command(cls=Command)
@@ -31,7 +38,9 @@ def points(machine: str, config: Path, as_json: bool) -> None:
     from replica.durable import FileSystem
     from replica.model import rfc3339
 
-    reader = find_replica(FileSystem(), load_receiver(config), machine)
+    fs, spec = FileSystem(), load_receiver(config)
+    reader = find_replica(fs, spec, machine)
+    why, locks = reasons(fs, reader, spec)
     listed = reader.points()
     for path in reader.damaged:
         click.echo(f"replica: {path} is damaged: the points that need it are lost or not restorable", err=True)
@@ -45,6 +54,9 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "bytes": p.stored_bytes,
                     "roots": p.state.roots,
                     "restorable": p.restorable,
+                    "committed_at": rfc3339(p.committed.wall_ns) if p.committed.wall_ns else None,
+                    "kept": why.get(p.state.delta_id, ""),
+                    "locked_until": rfc3339(locks[p.state.delta_id]) if p.state.delta_id in locks else None,
                 }
                 for p in listed
             ]
@@ -55,7 +67,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
         return
     now = time.time()
     print_table(
-        ("point", "frozen at", "age", "consistency", "stored", "restorable"),
+        ("point", "frozen at", "age", "consistency", "stored", "restorable", "committed at", "kept as"),
         [
             (
                 str(p.state.point),
@@ -64,7 +76,28 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                 p.state.consistency.value,
                 size(p.stored_bytes),
                 "yes" if p.restorable else "NO",
+                rfc3339(p.committed.wall_ns) if p.committed.wall_ns else "-",
+                why.get(p.state.delta_id, "") or "-",
             )
             for p in listed
         ],
     )
+
+
+def reasons(fs: FileSystem, reader: ReplicaReader, spec: SiteSpec) -> tuple[dict[DeltaId, str], dict[DeltaId, int]]:
+    """Why each point stays, or that it goes; and until when (ns) those that are locked now are."""
+    from replica.errors import DamageError
+    from replica.store.marks import Marks
+    from replica.store.retention import Action
+    from replica.store.rotation import look
+
+    identity = reader.identity
+    decision = look(fs, reader.layout.root, spec.policy(identity.owner, identity.machine))
+    why = {v.delta_id: v.reason if v.action is Action.KEEP else f"goes: {v.reason}" for v in decision.verdicts}
+    marks = Marks(fs, reader.layout)
+    try:
+        now = marks.now()
+        return why, {mark.delta_id: mark.until_ns for mark in marks.load().locks if mark.holds(now)}
+    except DamageError as error:
+        complain(error)
+        return why, {}

@@ -13,7 +13,9 @@ from replica.cli.output import duration, error_fields, print_json, print_table, 
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
+    from replica.durable import FileSystem
     from replica.primary.status import MachineStatus
+    from replica.receiver.spec import SiteSpec
     from replica.store import ReplicaReader
 
 
@@ -40,13 +42,14 @@ def status(config: Path, as_json: bool) -> None:
 
 
 def _receiver(config: Path, as_json: bool) -> None:
-    from replica.cli.replicas import all_replicas
+    from replica.cli.replicas import all_replicas, full_name
     from replica.config import load_receiver
     from replica.durable import FileSystem
 
-    fs = FileSystem()
-    readers, broken = all_replicas(fs, load_receiver(config))
-    rows = [_replica(reader) for reader in readers]
+    fs, spec = FileSystem(), load_receiver(config)
+    readers, broken = all_replicas(fs, spec)
+    told = {full_name(reader): warnings(fs, spec, reader) for reader in readers}
+    rows = [{**_replica(reader), "warnings": told[full_name(reader)]} for reader in readers]
     if as_json:
         print_json([*rows, *({"directory": str(path), "error": error_fields(error)} for path, error in broken)])
         return
@@ -55,8 +58,34 @@ def _receiver(config: Path, as_json: bool) -> None:
     if rows:
         headers = ("machine", "owner", "point", "frozen at", "behind", "points", "stored", "head", "state")
         print_table(headers, [_line(row) for row in rows])
+    for name, texts in told.items():
+        for text in texts:
+            click.echo(f"{name}: {text}")
     for path, error in broken:
         click.echo(f"{path}: {error}")
+
+
+def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]:
+    """What an operator should change before it matters: floodable retention, unknown locks, space."""
+    from replica.errors import ReplicaError
+    from replica.store.marks import Marks
+    from replica.store.retention import FLOODABLE
+    from replica.store.space import judge
+
+    found, directory = [], reader.layout.root
+    marks = Marks(fs, reader.layout)
+    try:
+        locked = marks.locked(marks.now())
+    except ReplicaError as error:
+        found.append(str(error))
+        locked = {}
+    if spec.policy(reader.identity.owner, reader.identity.machine).is_floodable and not locked:
+        found.append(f"retention: {FLOODABLE}")
+    space = judge(fs.free_bytes(directory), fs.total_bytes(directory), spec.limits(directory))
+    if space.is_low:
+        what = "nothing is taken until there is more (min_free)" if space.short_bytes else "below warn_free"
+        found.append(f"{size(space.free_bytes)} of {size(space.total_bytes)} are free in {directory.parent}: {what}")
+    return found
 
 
 def _replica(reader: ReplicaReader) -> dict[str, object]:

@@ -66,9 +66,7 @@ class DeltaSealer:
         """Compress and seal under a `number` from `allot`, or under the next one."""
         return seal_segment(self._sealer, self.allot() if number is None else number, segment, self._level)
 
-    def tail(
-        self, entries: Iterable[SegmentEntry], base: State, result: State, committed: Stamp = NEVER
-    ) -> bytes:
+    def tail(self, entries: Iterable[SegmentEntry], base: State, result: State, committed: Stamp = NEVER) -> bytes:
         """Sealed manifest and trailer: what follows the last blob. Once.
 
         `entries` are those of all allotted numbers, in their order; they are read once, so that they may

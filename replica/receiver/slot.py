@@ -306,7 +306,7 @@ class Slot:
             job.done.set_exception(error)
 
     def tidy(self) -> None:
-        """Do what rotation and space ask for, if the store is open and not stopped by something else. Raises nothing."""
+        """Do what rotation and space ask for, if the store is open. Raises nothing."""
         store = self._store
         if store is not None and not self._closed:
             try:

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from replica.store.retention import Policy
-from replica.store.space import SpaceLimits
+from replica.store.retention import DEFAULT_POLICY, Policy
+from replica.store.space import DEFAULT_LIMITS, SpaceLimits
 from replica.transport.tls import TlsFiles
 
 MAX_POINTS_PER_HOUR = 3600
@@ -23,7 +23,7 @@ class StorageSpec:
     name: str
     path: Path
     head: Literal["raw", "vhd"] = "raw"
-    limits: SpaceLimits = SpaceLimits()
+    limits: SpaceLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class SiteSpec:
     tls: TlsFiles
     storages: Mapping[str, StorageSpec]
     allow: Sequence[AllowSpec]
-    retention: Policy = Policy()
+    retention: Policy = DEFAULT_POLICY
     machines: Sequence[MachineRetention] = ()
     max_points_per_hour: int = MAX_POINTS_PER_HOUR
 
@@ -66,4 +66,4 @@ class SiteSpec:
     def limits(self, directory: Path) -> SpaceLimits:
         """What must stay free where a replica lies."""
         storages = self.storages.values()
-        return next((storage.limits for storage in storages if storage.path == directory.parent), SpaceLimits())
+        return next((storage.limits for storage in storages if storage.path == directory.parent), DEFAULT_LIMITS)

@@ -16,7 +16,7 @@ from replica.durable import FileSystem
 from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
-from replica.store import Identity, Policy, PointInfo, ReplicaReader, ReplicaStore, Rotated, replica_directories
+from replica.store import Identity, PointInfo, Policy, ReplicaReader, ReplicaStore, Rotated, replica_directories
 from replica.store.layout import Layout
 from replica.store.space import Space, SpaceLimits, judge
 

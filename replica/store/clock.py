@@ -6,7 +6,8 @@ kernel's boot-time clock does, which nobody can set, and not while the wall cloc
 boots, whose length no clock that can't be set knows, it stands still. A promise ends when *both* say so.
 
 So observed time is late by every hour the host was off, and promises last that much longer; it is never early. What is
-in the file may be a few minutes old: after a reboot those count as time the host was off.
+in the file may be a few minutes old: after a reboot those count as time the host was off. Of a boot that nothing was
+written in yet, all the time since it began has passed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def first(reading: Reading) -> Observed:
 
 def advance(seen: Observed, reading: Reading) -> Observed:
     """The observed time at a later reading."""
-    passed = reading.boot_ns - seen.boot_ns if reading.boot_id and reading.boot_id == seen.boot_id else 0
+    same = reading.boot_id == seen.boot_id
+    passed = (reading.boot_ns - seen.boot_ns if same else reading.boot_ns) if reading.boot_id else 0
     until = max(seen.time_ns, reading.wall_ns)
     return Observed(min(seen.time_ns + max(0, passed), until), reading.boot_ns, reading.boot_id)
 

@@ -6,7 +6,8 @@ setting one never waits for `serve`.
 
 Nothing here can be shortened: a lock's date only ever moves ahead, a lock ends when wall clock and observed time both
 reached its date (`clock`), and a document that is damaged or gone is no document without locks: then every point counts
-as locked until an operator has put it right. The directory is made with the document in it, so that a missing one shows.
+as locked until an operator has put it right. The directory is made with the document in
+it, so that a missing one shows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from replica.store.layout import Layout
 
 MAX_LOCKS = 10_000
 MAX_REASON_CHARACTERS = 500
-MAX_UNTIL_NS = 1 << 62
+MAX_UNTIL_NS = 1 << 63
 SAVE_EVERY_NS = 300 * 1_000_000_000
 """Observed time is written down that often, and with every lock; between, the boot-time clock knows it."""
 
@@ -118,19 +119,18 @@ class Marks:
         """The points that a lock holds now, and how to say so. DamageError: treat every point as locked."""
         return {mark.delta_id: describe(mark) for mark in self.load().locks if mark.holds(now)}
 
-    def lock(self, delta_id: DeltaId, point: int, until_ns: int, reason: str, listed: Callable[[], bool]) -> PointLock:
-        """Lock a point, or move its lock's date ahead. `listed` says, while nothing is removed, that the point is there.
+    def lock(self, delta_id: DeltaId, point: int, until_ns: int, reason: str = "") -> PointLock:
+        """Lock a point, or move its lock's date ahead. The caller has a pin on it, so that it stays meanwhile.
 
-        ConfigError (a date that is past, before the present one, or out of range), PointGoneError from `listed`.
+        ConfigError: a date that is past, before the present one, or out of range.
         """
         self.ensure()
         with self.held():
             marks, reading = self.load(), self._clocks()
             now = stamp(marks.observed, reading)
-            listed()
             present = next((mark for mark in marks.locks if mark.delta_id == delta_id), None)
             if not now.wall_ns < until_ns < MAX_UNTIL_NS:
-                raise ConfigError(f"point {point} cannot be locked until {until_ns / 1e9:.0f}: that is not ahead of now")
+                raise ConfigError(f"point {point} cannot be locked until {rfc3339(until_ns)}: that is not ahead of now")
             if present is not None and until_ns < present.until_ns:
                 raise ConfigError(
                     f"point {point} is locked until {rfc3339(present.until_ns)}, and nobody can shorten that",

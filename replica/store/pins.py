@@ -1,8 +1,8 @@
 """Pins: how a reader in any process keeps its point, and all that leads to it, as it is.
 
 A reader of state S holds a shared kernel lock on `pins/S`: neither S nor an inverse between S and the head is removed
-or composed away, those that are written later included. Readers open files by name whenever they follow the head. The lock dies with its process: a killed reader
-pins nothing.
+or composed away, those that are written later included. Readers open files by name whenever they follow the head. The
+lock dies with its process: a killed reader pins nothing.
 
 `pins.lock` closes the race: a reader takes its pin under the shared lock; whoever removes inverses holds the exclusive
 one from asking what is pinned to the last unlink. It never waits for it: a removal that comes too early comes later.

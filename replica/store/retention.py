@@ -71,6 +71,9 @@ class Policy(Frozen, frozen=True):
         return not any(getattr(self, kind) for kind in KINDS) and not self.min_age_seconds
 
 
+DEFAULT_POLICY = Policy()
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """One state of the chain, as retention sees it.
@@ -309,9 +312,7 @@ def _runs(states: Sequence[Kept], gone: Collection[DeltaId], oldest: int) -> Ite
     """Maximal runs of states between two points that stay. Steps after the newest point are a copy under way."""
     newest = max((index for index, s in enumerate(states) if s.is_point), default=0)
     return _consecutive(
-        index
-        for index in range(oldest + 1, newest)
-        if not states[index].is_point or states[index].delta_id in gone
+        index for index in range(oldest + 1, newest) if not states[index].is_point or states[index].delta_id in gone
     )
 
 
@@ -352,6 +353,7 @@ def _is_closed(
 __all__ = [
     "DEFAULT_HOURLY",
     "DEFAULT_KEEP_LAST",
+    "DEFAULT_POLICY",
     "Action",
     "Decision",
     "Kept",

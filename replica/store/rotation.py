@@ -3,8 +3,8 @@
 Two parts. `drop` takes points from the old end and what is spare, a few unlinks; a receiver does it with every commit.
 `thin` composes the runs between points that stay (`thin`); a receiver does it behind, while commits and readers go on.
 
-Whatever is removed or replaced is removed in a *step*: a moment in which no commit goes on (`quiet`), nobody takes a pin
-(`pins.removing`) and nobody sets a lock (`Marks.held`); pins and locks are looked at in there. A run is left alone
+Whatever is removed or replaced is removed in a *step*: a moment in which no commit goes on (`quiet`), nobody takes a
+pin (`pins.removing`) and nobody sets a lock (`Marks.held`); pins and locks are looked at in there. A run is left alone
 while a reader needs one of its inverses, or where one of them is damaged: nothing that can still be read is given up
 for something that cannot.
 """
@@ -179,9 +179,7 @@ class Rotator:
         if links == () or paths in self._damaged:
             return Rotated()
         newer, older = self._ends(states, run)
-        ready = next(
-            (s.path for s in chain.spare if (s.base.delta_id, s.result.delta_id) == (newer, older)), None
-        )
+        ready = next((s.path for s in chain.spare if (s.base.delta_id, s.result.delta_id) == (newer, older)), None)
         try:
             if ready is not None:  # a crash came between its name and the last unlink
                 check(self._fs, self._keyring, ready)

@@ -44,6 +44,9 @@ class SpaceLimits(Frozen, frozen=True):
     min_free: Limit = Limit(DEFAULT_MIN_BYTES, DEFAULT_MIN_SHARE)
 
 
+DEFAULT_LIMITS = SpaceLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
     """How a storage stands. `short_bytes` is what is missing to `min_free`, 0 if nothing is."""
@@ -82,7 +85,8 @@ def commit_bytes(delta: DeltaFileReader) -> int:
 def full(path: Path, free_bytes: int, need_bytes: int, min_bytes: int) -> StorageFullError:
     """Why nothing is taken now."""
     need = f", the next commit takes up to {need_bytes >> 20} MiB" if need_bytes else ""
+    least = f"{min_bytes >> 20} MiB must stay free (min_free)"
     return StorageFullError(
-        f"the storage of {path} has {free_bytes >> 20} MiB free{need}, and {min_bytes >> 20} MiB must stay free (min_free)",
-        hint="free space there or make it larger, or keep fewer points; the machine goes on by itself, every point is kept",
+        f"the storage of {path} has {free_bytes >> 20} MiB free{need}, and {least}",
+        hint="free space there or keep fewer points; the machine goes on by itself, every point is kept",
     )

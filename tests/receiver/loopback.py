@@ -11,9 +11,9 @@ from typing import Self
 
 from replica.receiver.server import serve_until
 from replica.receiver.site import AllowSpec, Site, SiteSpec, StorageSpec
+from replica.store import Policy
 from replica.transport import pki
 from replica.transport.client import HttpReceiver
-from replica.store import Policy
 from replica.transport.tls import TlsFiles
 
 

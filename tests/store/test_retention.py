@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -192,8 +193,8 @@ def test_floors_and_locks_hold_and_the_newest_stays(states: list[Kept], policy: 
     left = staying(states, decide(states, loose, now, locked, shed_bytes=shed))
     assert states[-1] in left
     assert {s.delta_id for s in left} >= locked.keys()
-    runs = 1 + sum(a.content != b.content for a, b in zip(states, states[1:], strict=False))
-    left_runs = 1 + sum(a.content != b.content for a, b in zip(left, left[1:], strict=False))
+    runs = 1 + sum(a.content != b.content for a, b in pairwise(states))
+    left_runs = 1 + sum(a.content != b.content for a, b in pairwise(left))
     assert left_runs >= min(policy.min_count, runs)
     contents_young = {s.content for s in states if now.wall_ns - s.committed.wall_ns < policy.min_age_seconds * 10**9}
     assert contents_young <= {s.content for s in left}
