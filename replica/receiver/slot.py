@@ -29,7 +29,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from replica.errors import BusyError, ReplicaError
+from replica.errors import BusyError, ReplicaError, StorageFullError
 from replica.model import NIL, DeltaId, Epoch, ReplicaId, State, rfc3339
 from replica.receiver.admission import Activity, Pace, check_adopt, check_delta
 from replica.receiver.spec import SiteSpec
@@ -210,12 +210,23 @@ class Slot:
         with self._jobs:
             self._refuse_while_working("begin a delta")
         self._pace.check(self._clock(), self._upkeep.max_points_per_hour)
-        self._upkeep.check_begin()
+        self._make_room(store, delta_id)
         received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         with self._jobs:
             self._active = Activity(delta_id, begin.epoch, self._clock())
             self._job = None
         return Begun(received)
+
+    def _make_room(self, store: Store, delta_id: DeltaId) -> None:
+        """StorageFullError while the storage is short; what arrived of a delta that was given up goes first."""
+        try:
+            self._upkeep.check_room()
+        except StorageFullError:
+            given_up = store.receiving
+            if given_up is None or given_up == delta_id:
+                raise
+            store.discard(given_up)
+            self._upkeep.check_room()
 
     def receive(self, delta_id: DeltaId, frames: list[Frame]) -> None:
         """Store segments whose digests were checked."""
@@ -223,6 +234,7 @@ class Slot:
         with self._jobs:
             check_delta(self._active, delta_id, store.epoch)
             self._refuse_while_working("store a segment")
+        self._upkeep.check_room()
         for frame in frames:
             store.receive(delta_id, frame.number, frame.offset, frame.digest, frame.blob)
         with self._jobs:

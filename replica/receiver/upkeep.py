@@ -5,7 +5,7 @@ giving points up because space is short) is done behind, by one thread for the w
 those that just committed, and every few minutes all, so that buckets close without commits as well.
 
 A storage that is short of space (`min_free`) is asked again before each replica, so that no more is given up than is
-missing. As long as it is short, nothing is begun in it.
+missing. As long as it is short, nothing is taken in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Upkeep:
     def space(self) -> Space:
         return self._stores.space(self._directory, self._spec.limits(self._directory))
 
-    def check_begin(self) -> None:
+    def check_room(self) -> None:
         """StorageFullError while the storage is short; what can be given up is given up behind meanwhile."""
         space = self.space()
         if space.short_bytes:
@@ -67,7 +67,7 @@ class Upkeep:
             _say(store, store.rotate(policy, shed_bytes=space.short_bytes))
             if space.short_bytes:
                 space = self.space()
-            _say(store, store.thin(policy, at_once=space.is_low, shed_bytes=space.short_bytes))
+            _say(store, store.thin(policy, at_once=space.short_bytes > 0, shed_bytes=space.short_bytes))
         except ReplicaError as error:
             log.warning("replica %s: cannot rotate points: %s", store.identity.replica_id, error)
 

@@ -96,11 +96,11 @@ class Marks:
             yield
 
     def now(self) -> Stamp:
-        """The receiver's time. Observed time stands still (0) while the document is damaged."""
+        """The receiver's time; never fails. While the document is damaged observed time is 0: it ends nothing."""
         reading = self._clocks()
         try:
             return stamp(self.load().observed, reading)
-        except DamageError:
+        except (DamageError, StorageError):
             return Stamp(max(0, reading.wall_ns), 0)
 
     def keep_time(self) -> None:

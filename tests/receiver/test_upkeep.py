@@ -40,6 +40,21 @@ def test_a_short_storage_takes_nothing_and_gives_up_points_by_itself(
     primary.cycle()
 
 
+def test_what_arrived_of_a_delta_that_was_given_up_makes_room(world: World, primary: Primary) -> None:
+    primary.cycle()
+    state = primary.begin()
+    primary.send(state)
+    world.stores.free_bytes = 3 * GIB
+    with pytest.raises(StorageFullError):
+        primary.send(state, 1)
+    with pytest.raises(StorageFullError):
+        primary.begin(state.delta_id)
+    assert primary.store.receiving == state.delta_id
+    with pytest.raises(StorageFullError):
+        primary.begin()
+    assert primary.store.receiving is None
+
+
 def test_points_that_come_too_often_are_refused(world: World) -> None:
     world.spec = replace(world.spec, max_points_per_hour=2)
     world.open()
@@ -91,7 +106,7 @@ def test_the_housekeeper_looks_after_who_woke_it_and_after_all_in_time(caplog: p
 
 def test_a_woken_slot_does_not_wait_for_the_timer() -> None:
     slot = Slot()
-    keeper = Housekeeper(lambda: [], lambda: [], every_seconds=1e6)
+    keeper = Housekeeper(list, list, every_seconds=1e6)
     keeper.start()
     keeper.wake(slot)
     assert slot.seen.acquire(timeout=60)
