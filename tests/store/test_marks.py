@@ -114,6 +114,16 @@ def test_time_off_makes_locks_last_longer(marks: Marks, host: Host) -> None:
     assert not holds(marks)
 
 
+def test_observed_time_stands_still_while_the_wall_clock_is_behind() -> None:
+    host = Host()
+    seen = first(host())
+    host.wall_ns -= 3 * DAY_NS
+    host.run(2 * DAY_NS)
+    assert advance(seen, host()).time_ns == seen.time_ns
+    host.run(2 * DAY_NS)
+    assert advance(seen, host()).time_ns == NOW_NS + DAY_NS
+
+
 def test_a_lock_is_extended_and_never_shortened(marks: Marks, host: Host) -> None:
     point = DeltaId(random_id())
     marks.lock(point, 3, NOW_NS + 7 * DAY_NS, "audit")

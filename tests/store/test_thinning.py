@@ -17,7 +17,7 @@ from replica import documents
 from replica.delta import DeltaFileReader, Keyring, MemoryDelta, compose
 from replica.durable import File, FileSystem, Lock
 from replica.errors import DamageError
-from replica.model import NEVER, Stamp
+from replica.model import NEVER, DeltaId, Stamp, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, pins, thin
 from replica.store.clock import Reading
 from replica.store.marks import Marks
@@ -266,6 +266,70 @@ def test_a_cut_at_every_step_loses_and_leaks_nothing(tmp_path: Path, clocks: Clo
             break
         cuts += 1
     assert cuts > 30 and len(seen) > 3, (cuts, len(seen))
+
+
+def test_a_cut_while_leftovers_are_removed_leaves_no_stray(tmp_path: Path, clocks: Clocks) -> None:
+    """What a first cut left over is removed from the far end, so that a second cut leaves it reachable."""
+    fs = Unsynced()
+    primary = SmallPrimary({"os": 20_001})
+    store = primary.enrol(fs, tmp_path / "storage")
+    make_points(primary, store, clocks, 7)
+    store.rotate(HOURLY)
+
+    class CutAtTheSecond(Unsynced):
+        """Cut when the second of the replaced inverses is to go."""
+
+        gone = 0
+
+        def unlink(self, path: Path) -> None:
+            self.gone += path.parent.name == "points"
+            if self.gone == 2:
+                raise PowerCut
+            super().unlink(path)
+
+    store._thinner._fs = CutAtTheSecond()
+    with pytest.raises(PowerCut):
+        store.thin(HOURLY)
+    directory = store.directory
+    assert len(chain_of(fs, directory).spare) == 5
+    store._lock.release()
+    saved = tmp_path / "saved"
+    subprocess.run(["cp", "-a", "--sparse=always", directory, saved], check=True)
+    cuts = 0
+    while True:
+        shutil.rmtree(directory)
+        subprocess.run(["cp", "-a", "--sparse=always", saved, directory], check=True)
+        store = ReplicaStore.open(fs, directory)
+        store._dropper._fs = Cutting(cuts)
+        try:
+            store.rotate(HOURLY)
+            break
+        except PowerCut:
+            assert not chain_of(fs, directory).strays, cuts
+            assert check(fs, directory, primary) == [1, 7]
+        finally:
+            store._lock.release()
+        cuts += 1
+    assert cuts >= 10
+    store = ReplicaStore.open(fs, directory)
+    store.rotate(HOURLY)
+    no_leaks(fs, directory)
+
+
+def test_a_commit_that_is_undone_does_not_make_its_point_younger(
+    fs: FileSystem, tmp_path: Path, clocks: Clocks
+) -> None:
+    primary = SmallPrimary({"os": 100_000})
+    store = primary.enrol(fs, tmp_path)
+    make_points(primary, store, clocks, 1)
+    store.close()
+    path = store.directory / "state"
+    state = documents.load(fs, path, StoreState)
+    documents.save(fs, path, StoreState(state.head, state.epoch, DeltaId(random_id()), state.committed))
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.applying is None and documents.load(fs, path, StoreState) == state
+    store.adopt(state.epoch, random_id())
+    assert documents.load(fs, path, StoreState).committed == state.committed
 
 
 def test_a_pin_holds_its_point_and_all_that_leads_to_it(fs: FileSystem, tmp_path: Path, clocks: Clocks) -> None:
