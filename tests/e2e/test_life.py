@@ -315,7 +315,9 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     assert done.stderr.startswith("replica: ")
     assert done.stderr.count("\n") == 1
     (point,) = lab.points()
-    assert set(point) == {"point", "frozen_at", "consistency", "bytes", "roots", "restorable"}
+    assert set(point) == {
+        "point", "frozen_at", "consistency", "bytes", "roots", "restorable", "committed_at", "kept", "locked_until",
+    }  # fmt: skip
     assert point["frozen_at"] == good["frozen_at"]
     assert point["frozen_at"].endswith("Z")
     assert list((tmp_path / "keys").iterdir())

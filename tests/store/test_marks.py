@@ -60,6 +60,10 @@ def test_a_lock_ends_at_its_date(marks: Marks, host: Host) -> None:
     assert list(marks.locked(marks.now()).values()) == ["locked until 2024-10-11T00:00:00.000000Z (audit)"]
     host.run(1)
     assert not holds(marks)
+    marks.keep_time()
+    host.wall_ns -= DAY_NS
+    assert holds(marks), "one of the two clocks says that the date is not reached"
+    host.wall_ns += DAY_NS
     marks.forget(set())
     assert marks.load().locks == (made,), "what ended is still listed while the point is there"
     marks.forget({made.delta_id})
