@@ -263,6 +263,7 @@ class _AllData:
         self.base = delta.result
         self.result = delta.base
         self.disks: tuple[DiskChange, ...] = delta.disks
+        self.marks_lost = False
 
     def segments(self) -> Iterator[Segment]:
         raise ReplicaError("only the extents of this delta are known")

@@ -12,10 +12,10 @@ import pytest
 
 from replica.delta import MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
 from replica.delta.head import MemoryHead
-from replica.delta.prepare import LeafDamageError
-from replica.errors import BaseMismatchError, FormatError, RootMismatchError
+from replica.delta.prepare import RottenLeavesError
+from replica.errors import BaseMismatchError, FormatError, LeafDamageError, RootMismatchError
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
-from replica.model import DeltaId, Disk, DiskId, DiskState, State, random_id
+from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, DiskState, State, random_id
 from tests.laws.machines import Contents, content_of, head_of
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def test_rot_in_a_leaf_that_changes_is_named(offset: int) -> None:
     delta = diff(head_of(contents, 0), head_of({OS: CONTENT, LOG: bytes(1 << 20)}, 1))
     head = watched(contents)
     head._contents[LOG.id][offset] ^= 1
-    with pytest.raises(LeafDamageError, match="log") as caught:
+    leaf = offset // 16384
+    with pytest.raises(RottenLeavesError, match=f"'log'.* 16384 bytes at {leaf * 16384} ") as caught:
         apply(head, delta)
-    assert (caught.value.disk, caught.value.length) == ("log", 16384)
-    assert caught.value.offset == offset // 16384 * 16384
+    assert caught.value.leaves == (DamagedLeaves(LOG.id, leaf, leaf + 1),)
     assert head.writes == 0
 
 
