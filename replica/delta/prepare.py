@@ -14,7 +14,8 @@ were good. Where the delta replaces all of it, what it brings may tell what was 
 (`recover`). The others that are met are reported together (RottenLeavesError), so that
 they can be sent again. Only if a leaf was known to be rotten before (`rotten`), and the
 delta replaces every grain of it, the delta passes all the same: its old grains are LOST
-in the inverse. What the tree says is zero is known without the image.
+in the inverse. What the tree says is zero is known without the image; what it says of any old leaf
+counts only if the head's committed root comes out of it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from replica.delta.pack import Packer, Sink
 from replica.delta.recover import recover
 from replica.delta.segment import Segment
 from replica.errors import BaseMismatchError, FormatError, LeafDamageError
-from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests
-from replica.model import DIGEST_BYTES, DamagedLeaves, DiskState
+from replica.merkle import FAN_OUT, Digests, MemoryNodes, MerkleTree, leaf_digests
+from replica.model import DIGEST_BYTES, DamagedLeaves, DiskId, DiskState
 from replica.progress import Progress, silent
 
 Flags = npt.NDArray[np.bool_]
@@ -46,13 +47,15 @@ MAX_DAMAGED = 1 << 16
 class RottenLeavesError(LeafDamageError):
     """`LeafDamageError` where it is found: `leaves` are all of them, ascending per disk."""
 
-    def __init__(self, message: str, leaves: tuple[DamagedLeaves, ...]) -> None:
+    def __init__(self, message: str, leaves: tuple[DamagedLeaves, ...], trees: tuple[DiskId, ...] = ()) -> None:
         super().__init__(
             message,
             hint="the storage under the head lost or changed them; the next sync sends them again, and points that "
             "do not read them can be restored",
         )
         self.leaves = leaves
+        self.trees = trees
+        """Disks whose stored tree does not have the root that the head's state names."""
 
 
 def prepare(
@@ -79,6 +82,7 @@ def prepare(
     segments = ByDisk((s.disk, s) for s in delta.segments())
     total, done, roots = total_bytes(delta, progress), 0, []
     damaged: list[DamagedLeaves] = []
+    unfit: list[DiskId] = []
     for index, change in enumerate(delta.disks):
         one = _PrepareDisk(head, index, change, packer, [r for r in rotten if r.disk_id == change.disk_id])
         for rows, payload in aligned(one.parts(segments.take(index)), one.per_leaf, change.grain_bytes):
@@ -88,16 +92,22 @@ def prepare(
                 progress(done, total)
         root = one.finish()
         damaged += one.damaged
+        base = delta.base.disk(change.disk_id)
+        if base is not None and one.root_before != base.root:
+            unfit.append(change.disk_id)
         if change.after:
             roots.append(DiskState(change.after, root))
     segments.finish()
     packer.flush()
-    if damaged:
-        raise _rotten(delta, damaged)
+    if damaged or unfit:
+        raise _rotten(delta, damaged, tuple(unfit))
     return check_roots(tuple(roots), delta.result)
 
 
-def _rotten(delta: Delta, damaged: list[DamagedLeaves]) -> RottenLeavesError:
+def _rotten(delta: Delta, damaged: list[DamagedLeaves], unfit: tuple[DiskId, ...]) -> RottenLeavesError:
+    if not damaged:
+        names = ", ".join(repr(c.disk.name) for c in delta.disks if c.disk_id in unfit)
+        return RottenLeavesError(f"the Merkle tree of disk {names} of the head is damaged", (), unfit)
     damaged = sorted(damaged, key=lambda leaves: (leaves.disk_id.bytes, leaves.first))
     disk = next(c for c in delta.disks if c.disk_id == damaged[0].disk_id)
     offset = damaged[0].first * disk.leaf_bytes
@@ -107,6 +117,7 @@ def _rotten(delta: Delta, damaged: list[DamagedLeaves]) -> RottenLeavesError:
         f"disk {disk.disk.name!r} of the head is damaged: {length} bytes at {offset} are not what its Merkle tree "
         f"says{more}",
         tuple(damaged),
+        unfit,
     )
 
 
@@ -118,6 +129,9 @@ class _PrepareDisk:
         self.per_leaf = change.leaf_bytes // change.grain_bytes
         self.tree = head.tree(change.disk_id) if change.before else MerkleTree(MemoryNodes(), change.leaf_bytes)
         self._update = self.tree.update(write=False)
+        self._before = self.tree.update(write=False)
+        """Is put what the tree says of the old leaves: its root proves that they are those of the head's state."""
+        self.root_before = b""
         self._covered_stop = 0
         self._rotten = rotten
         self.damaged: list[DamagedLeaves] = []
@@ -150,6 +164,7 @@ class _PrepareDisk:
         """Inverse and new digests of the next leaves."""
         change = self._change
         if isinstance(piece, Blank):
+            self._put_blank(piece)
             if piece.first <= self._boundary * self.per_leaf < piece.stop:
                 self._boundary = -1
             if piece.first < change.result_grains:
@@ -174,6 +189,13 @@ class _PrepareDisk:
             self._lay(piece, new, places)
         self._put(piece.leaves, new)
 
+    def _put_blank(self, blank: Blank) -> None:
+        """Zeros enough for `root_before` to prove all of them: one under each node of level 2, and both ends."""
+        first, last = blank.first // self.per_leaf, blank.stop // self.per_leaf - 1
+        step = FAN_OUT**2
+        for number in sorted({first, last, *range((first // step + 1) * step, last, step)}):
+            self._before.put(number, np.zeros((1, DIGEST_BYTES), dtype=np.uint8))
+
     def _lay(self, piece: Piece, leaves: Digests, places: Leaves) -> None:
         """The delta's grains, over the old ones."""
         data = np.repeat(piece.rows["data"] == DATA, piece.rows["count"].astype(np.int64))
@@ -186,7 +208,7 @@ class _PrepareDisk:
         there = np.clip(self._change.base_grains - numbers * self.per_leaf, 0, self.per_leaf)
         return np.asarray(np.bincount(slots, minlength=len(numbers)) == there)
 
-    def _read(self, numbers: Leaves, covered: Flags) -> tuple[Digests, Digests, Flags]:
+    def _read(self, numbers: Leaves, covered: Flags, *, prove: bool = True) -> tuple[Digests, Digests, Flags]:
         """The old leaves, u8[n, leaf_bytes], what the tree says of them, and which of them are rotten.
 
         A leaf that is covered as a whole and zero by the tree is not read: nothing of it will be left.
@@ -196,6 +218,8 @@ class _PrepareDisk:
         stored = np.zeros((len(numbers), DIGEST_BYTES), dtype=np.uint8)
         for a, b in runs_of(numbers):
             stored[a:b] = self.tree.leaves(int(numbers[a]), b - a)
+            if prove:
+                self._before.put(int(numbers[a]), stored[a:b])
         wanted = np.flatnonzero((stored.any(axis=1) | ~covered) & (numbers * change.leaf_bytes < change.base_bytes))
         found = np.zeros_like(stored)
         for a, b in runs_of(numbers[wanted]):
@@ -252,9 +276,10 @@ class _PrepareDisk:
     def finish(self) -> bytes:
         """The root of the result."""
         change = self._change
+        self.root_before = self._before.root(change.base_bytes)
         if self._boundary >= 0:
             number = np.array([self._boundary])
-            self._report(number[self._read(number, np.zeros(1, dtype=np.bool_))[2]])
+            self._report(number[self._read(number, np.zeros(1, dtype=np.bool_), prove=False)[2]])
         if change.after and change.result_bytes < change.base_bytes:
             self._update.truncate(change.after.count_leaves)
         return self._update.root(change.result_bytes)

@@ -9,7 +9,9 @@
       points/<delta id>       inverse: undoes the delta of that id, and so holds the older point
       pins/<delta id>         readers of the state of that id hold a shared kernel lock on it
       keys/<key id>           data keys (0600)
+      marks/damage            leaves of the head that are known to be rotten (atomic replace)
       lock                    the one writer holds it
+      damage.lock             held while `marks/damage` is changed
       head.lock               held exclusively while the head is being rewritten
 
 Files are named by the disk's id and not by its name, because a rename would
@@ -86,6 +88,14 @@ class Layout:
     @property
     def pins(self) -> Path:
         return self.root / "pins"
+
+    @property
+    def marks(self) -> Path:
+        return self.root / "marks"
+
+    @property
+    def damage(self) -> Path:
+        return self.marks / "damage"
 
     @property
     def keys(self) -> Path:

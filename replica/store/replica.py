@@ -35,13 +35,16 @@ from replica.errors import (
     ReplicaError,
     StorageError,
 )
-from replica.model import DeltaId, Epoch, State
+from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
+from replica.store import damage
 from replica.store.commit import Committer
+from replica.store.head import FileHead
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
 from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
 from replica.store.pins import try_unpin_all
 from replica.store.points import PointIndex
+from replica.store.repair import MAX_LEAVES, HeadRepair
 from replica.store.retention import to_drop
 
 
@@ -158,6 +161,27 @@ class ReplicaStore:
     def receiving(self) -> DeltaId | None:
         """The delta that is arriving or was received."""
         return next(iter(held(self._fs, self._layout).values()), None)
+
+    @property
+    def damaged(self) -> tuple[DamagedLeaves, ...]:
+        """Leaves of the head that are marked as rotten, a bounded number of them."""
+        return damage.first_of(damage.load(self._fs, self._layout).leaves, MAX_LEAVES)
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        """Repair leaves of the head from what the source holds in them (`repair`); those that still are damaged.
+
+        Idempotent. Raises FencedError, BusyError, ProtocolError, StorageError, DamageError.
+        """
+        with self._mutex:
+            self._ensure_running()
+            self._check_epoch(epoch)
+            if not self._working.acquire(blocking=False):
+                raise self._busy()
+        try:
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                return HeadRepair(self._fs, self._layout, head).put(disk_id, first, content)
+        finally:
+            self._working.release()
 
     def has_key(self, key: DataKey) -> bool:
         """Whether exactly this key is here."""
