@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 
-from replica import documents
 from replica.delta import (
     Delta,
     DeltaFileReader,
@@ -68,7 +67,7 @@ from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.head import FileHead
 from replica.store.incoming import final_path
-from replica.store.layout import HeadFormat, Layout, StoreState
+from replica.store.layout import HeadFormat, Layout, StoreState, save_state
 from replica.store.repair import HeadRepair, make_missing
 
 
@@ -158,8 +157,8 @@ class Committer:
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        state = StoreState(self.state.head, epoch, self.state.applying)
-        documents.save(self._fs, self._layout.state, state)
+        state = StoreState(self.state.head, epoch, self.state.applying, self.state.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
     # --- the steps ---
@@ -311,8 +310,8 @@ class Committer:
         return FileHead.open_interrupted(self._fs, self._layout, self.state.head, other, self._head_format)
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
-        state = StoreState(head, self.state.epoch, applying)
-        documents.save(self._fs, self._layout.state, state)
+        state = StoreState(head, self.state.epoch, applying, self.state.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from replica import documents
 from replica.delta import ChainReader, DeltaFileReader, Keyring
 from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import FileSystem
@@ -34,7 +33,7 @@ from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.damage import Marks, reading_damage
-from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
 from replica.store.points import Chain, Link, PointIndex, PointInfo
 from replica.store.verify import DiskVerdict, verify_head
@@ -56,7 +55,7 @@ class ReplicaReader:
 
     @property
     def state(self) -> StoreState:
-        return documents.load(self._fs, self.layout.state, StoreState)
+        return load_state(self._fs, self.layout)
 
     @property
     def head(self) -> State:

@@ -22,7 +22,6 @@ import threading
 from pathlib import Path
 from uuid import UUID
 
-from replica import documents
 from replica.delta import DataKey, DeltaFileReader, Keyring, decode_header
 from replica.durable import FileSystem, Lock
 from replica.errors import (
@@ -41,7 +40,16 @@ from replica.store import damage
 from replica.store.commit import Committer
 from replica.store.head import FileHead
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
-from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
+from replica.store.layout import (
+    Identity,
+    Layout,
+    StoreState,
+    heal_identity,
+    load_state,
+    read_identity,
+    save_state,
+    write_identity,
+)
 from replica.store.pins import try_unpin_all
 from replica.store.points import PointIndex
 from replica.store.repair import MAX_LEAVES, HeadRepair
@@ -77,7 +85,7 @@ class ReplicaStore:
             for directory in (layout.head, layout.incoming, layout.points, layout.pins):
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
-            documents.save(fs, layout.state, StoreState(State.empty(identity.replica_id, epoch), epoch))
+            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
             write_identity(fs, layout, identity)
             return cls(fs, layout, lock, identity)
         except BaseException:
@@ -93,7 +101,9 @@ class ReplicaStore:
         layout = Layout(directory)
         lock = _take_lock(fs, layout)
         try:
-            store = cls(fs, layout, lock, read_identity(fs, layout))
+            identity = read_identity(fs, layout)
+            store = cls(fs, layout, lock, identity)
+            heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
             lock.release()
@@ -103,8 +113,8 @@ class ReplicaStore:
     def _load(self) -> None:
         """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
         a further one says nothing about what was written before it."""
-        state = documents.load(self._fs, self._layout.state, StoreState)
-        documents.save(self._fs, self._layout.state, state)
+        state = load_state(self._fs, self._layout)
+        save_state(self._fs, self._layout, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from replica.errors import ReplicaError
 from replica.primary.cycle import SyncResult
+from replica.primary.spec import DiskSpec
 from replica.store import restore_point
 
 sys.path.append(str(Path(__file__).parents[1] / "primary"))
 
-from primary_lab import KiB, Lab, MiB
+from primary_lab import KiB, Lab, Link, MiB
 
 LEAF = 16 * KiB
 
@@ -33,8 +35,22 @@ class DamageLab(Lab):
             self.scribble("data", 100 * number, 100)
             self.point()
 
-    def point(self) -> SyncResult:
-        result = self.sync()
+    @classmethod
+    def taken_up(cls, root: Path, template: DamageLab) -> DamageLab:
+        """A copy of a template's files under `root`; its site is closed."""
+        lab = cls.__new__(cls)
+        lab.root, lab.fs, lab.storage = root, template.fs, root / "replicas"
+        lab.rng = np.random.default_rng(11)
+        lab.images = {name: root / path.name for name, path in template.images.items()}
+        lab.data = template.copy()
+        disks = tuple(DiskSpec(name, path) for name, path in lab.images.items())
+        lab.machine = replace(template.machine, disks=disks)
+        lab.spec = replace(template.spec, state=root / "state", keys=root / "keys", machines=(lab.machine,))
+        lab.copies, lab.restores = dict(template.copies), 0
+        return lab
+
+    def point(self, link: Link | None = None) -> SyncResult:
+        result = self.sync(link)
         self.copies[result.point] = self.copy()
         return result
 
