@@ -255,7 +255,7 @@ class Committer:
         inverse = self._open_checked(self._layout.point(applying))
         try:
             if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
-                pass
+                self._clear_replaced(delta)
             elif inverse is not None and inverse.marks_lost:
                 raise LostError(
                     f"the commit of delta {applying} in {self._layout.root} was cut, the delta cannot be read any "
