@@ -9,6 +9,7 @@ import pytest
 from replica.errors import DamageError, FencedError, ProtocolError
 from replica.model import Epoch, random_id
 from replica.store import damage
+from replica.store.head import FileHead
 from replica.transport.wire import digest_of
 from tests.damage.damage_lab import LEAF, DamageLab, flip
 
@@ -155,6 +156,31 @@ def test_only_what_the_root_proves_is_taken(lab: DamageLab) -> None:
     assert put(3, good[3 * LEAF : 6 * LEAF]) == [], "the same again changes nothing"
     assert lab.image_of("os").read_bytes() == good
     assert session.replica(info.replica_id).damaged == ()
+
+
+def test_a_mark_goes_only_when_the_repair_is_durable_and_was_read_back(
+    lab: DamageLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(lab.image_of("os"), 4 * LEAF, 4)
+    verify(lab)
+    steps: list[str] = []
+    flush, clear, read = FileHead.flush, damage.clear, FileHead.read_into
+
+    def note(name: str, call: object) -> object:
+        def noted(*arguments: object) -> object:
+            steps.append(name)
+            return call(*arguments)  # type: ignore[operator]
+
+        return noted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileHead, "write", note("write", FileHead.write))
+        patch.setattr(FileHead, "flush", note("flush", flush))
+        patch.setattr(FileHead, "read_into", note("read", read))
+        patch.setattr(damage, "clear", note("clear", clear))
+        lab.sync()
+    at = steps.index("write")
+    assert steps[at : at + 4] == ["write", "flush", "read", "clear"]
 
 
 def test_a_sender_cannot_make_good_leaves_lost(lab: DamageLab) -> None:

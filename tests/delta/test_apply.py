@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from replica.delta import MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
+from replica.delta import LOST, MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
 from replica.delta.head import MemoryHead
 from replica.delta.prepare import RottenLeavesError
-from replica.errors import BaseMismatchError, FormatError, LeafDamageError, RootMismatchError
+from replica.errors import BaseMismatchError, FormatError, LeafDamageError, LostError, RootMismatchError
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, DiskState, State, random_id
 from tests.laws.machines import Contents, content_of, head_of
@@ -88,6 +88,23 @@ def test_rot_in_a_leaf_that_changes_is_named(offset: int) -> None:
         apply(head, delta)
     assert caught.value.leaves == (DamagedLeaves(LOG.id, leaf, leaf + 1),)
     assert head.writes == 0
+
+
+def test_a_lost_leaf_that_becomes_zero_is_zero_in_the_tree() -> None:
+    """Neither the delta nor its inverse has data there, and the leaf changes all the same."""
+    zeros = changed(CONTENT, 16384, bytes(16384))
+    delta = diff(head_of({OS: CONTENT}, 0), head_of({OS: zeros}, 1))
+    head = watched({OS: CONTENT})
+    head._contents[OS.id][16384] ^= 1
+    parts: list[Segment] = []
+    prepare(head, delta, parts.append, rotten=[DamagedLeaves(OS.id, 1, 2)])
+    inverse = MemoryDelta(DeltaId(random_id()), delta.result, delta.base, tuple(parts))
+    assert [s.extents.tolist() for s in inverse.segments()] == [[(4, 4, LOST)]]
+    write(head, delta)
+    head._contents[OS.id][16384:32768] = bytes(16384)
+    settle(head, delta, inverse)
+    with pytest.raises(LostError):
+        write(head, inverse)
 
 
 def test_rot_in_a_leaf_of_zeros_is_named_where_part_of_it_stays() -> None:
