@@ -208,8 +208,9 @@ class Committer:
         Damage that it cannot is marked, and the delta refused: its sender can repair it, or replace it (`damage`).
         """
         repair = HeadRepair(self._fs, self._layout, head)
-        if damage.load(self._fs, self._layout).trees:
-            repair.heal(())
+        marks = damage.load(self._fs, self._layout)
+        if marks.trees:
+            repair.heal(marks.leaves)
         try:
             return self._seal_inverse(head, delta, temporary, progress)
         except RottenLeavesError as error:

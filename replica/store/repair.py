@@ -169,6 +169,18 @@ class HeadRepair:
 
     # --- trees ---
 
+    def contradicting(self, marks: damage.Marks) -> list[DiskId]:
+        """Disks of marked leaves, not marked themselves, whose tree does not even prove its own digest of the first."""
+        found: list[DiskId] = []
+        for entry in self._head.state.disks:
+            disk, marked = entry.disk, marks.of(entry.disk.id)
+            if not marked or disk.id in marks.trees or marked[0].first >= disk.count_leaves:
+                continue
+            number = marked[0].first
+            if not self._proves(disk, number, self._stored(disk, number)):
+                found.append(disk.id)
+        return found
+
     def tree_fits(self, disk_id: DiskId) -> bool:
         """Whether the stored leaves and the stored root both give the committed root."""
         disk = self._disk(disk_id)

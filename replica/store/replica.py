@@ -174,8 +174,25 @@ class ReplicaStore:
 
     @property
     def damaged(self) -> tuple[DamagedLeaves, ...]:
-        """Leaves of the head that are marked as rotten, a bounded number of them."""
-        return damage.first_of(damage.load(self._fs, self._layout).leaves, MAX_LEAVES)
+        """Leaves of the head that are marked as rotten and that the source is to be asked for, a bounded number.
+
+        Not those of a disk whose tree contradicts itself: the next commit makes the tree anew and then knows which
+        leaves are rotten. It is marked for that here; if the commit cannot, they are listed all the same.
+        """
+        marks = damage.load(self._fs, self._layout)
+        if not marks.leaves or self._closed or not self._working.acquire(blocking=False):
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        try:
+            if self.stopped is not None or self.applying is not None:
+                return damage.first_of(marks.leaves, MAX_LEAVES)
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                unfit = HeadRepair(self._fs, self._layout, head).contradicting(marks)
+            damage.note(self._fs, self._layout, (), unfit)
+        except ReplicaError:  # a file is gone, say: the next commit stops at it, and what opens the store anew mends it
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        finally:
+            self._working.release()
+        return damage.first_of([d for d in marks.leaves if d.disk_id not in unfit], MAX_LEAVES)
 
     def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
         """Repair leaves of the head from what the source holds in them (`repair`); those that still are damaged.

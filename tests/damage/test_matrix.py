@@ -95,8 +95,6 @@ def _most_bytes(lab: DamageLab, kind: str, action: str) -> int:
         return sum(array.nbytes for array in lab.data.values()) + 2 * LEAF
     if kind == "head-image":
         return 3 * LEAF if action in ("flip", "zero") else lab.data["os"].nbytes + LEAF
-    if kind == "head-tree":  # the leaves whose digests do not fit: the source proves them
-        return lab.data["os"].nbytes + LEAF
     return 2 * LEAF
 
 
