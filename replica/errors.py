@@ -160,6 +160,15 @@ class LostError(DamageError):
         self.disk, self.offset, self.length = disk, offset, length
 
 
+class LeafDamageError(DamageError):
+    """Leaves of the head are not what its Merkle tree says: the delta is refused, nothing was changed.
+
+    They are noted: at its next contact the sender sends what they held, or all of what they hold now.
+    """
+
+    code, exit_code, status, retryable = "leaf-damage", 11, 409, True
+
+
 class TrackerDamageError(DamageError):
     """What a sender remembers of a disk does not fit together; reading the disk anew heals it."""
 

@@ -130,6 +130,18 @@ class DiskState(Frozen, frozen=True, omit_defaults=True):
             raise ValueError(f"at most {MAX_TRACKERS} trackers of 1 to {MAX_NAME_BYTES} characters can be named")
 
 
+class DamagedLeaves(Frozen, frozen=True):
+    """Leaves [first, stop) of a disk of the head whose content is not what its Merkle tree says."""
+
+    disk_id: DiskId
+    first: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.stop <= 1 << 32:
+            raise ValueError(f"leaves {self.first} to {self.stop} are no range of a disk's leaves")
+
+
 class Epoch(Frozen, frozen=True):
     """The fencing token: grows at every change of role.
 

@@ -16,6 +16,7 @@ from replica.transport import wire
 DOCUMENT = Path(__file__).parents[1] / "docs" / "openapi.json"
 KINDS = (
     wire.ReplicaInfo,
+    wire.StillDamaged,
     wire.Enrol,
     wire.Adopt,
     wire.Begin,

@@ -44,6 +44,15 @@ def points(machine: str, config: Path, as_json: bool) -> None:
     listed = reader.points()
     for path in reader.damaged:
         click.echo(f"replica: {path} is damaged: the points that need it are lost or not restorable", err=True)
+    for marked in reader.marks.leaves:
+        disk = next((d.disk for d in reader.head.disks if d.disk.id == marked.disk_id), None)
+        if disk is not None:
+            first, stop = marked.first * disk.leaf_bytes, min(marked.stop * disk.leaf_bytes, disk.size_bytes)
+            click.echo(
+                f"replica: disk {disk.name} of the head is damaged, bytes {first} to {stop - 1}: points that read them "
+                "are not restorable until the next sync repairs them",
+                err=True,
+            )
     if as_json:
         print_json(
             [

@@ -104,6 +104,7 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
         "bytes": sum(p.stored_bytes for p in listed),
         "restorable": all(p.restorable for p in listed) and not reader.damaged,
         "damaged": [str(path) for path in reader.damaged],
+        "damaged_leaves": sum(d.stop - d.first for d in reader.marks.leaves),
         "applying": None if reader.applying is None else str(reader.applying),
         "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
         "roots": head.roots,
@@ -113,6 +114,8 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
 def _line(row: dict[str, object]) -> tuple[str, ...]:
     behind, stored = row["behind_seconds"], row["bytes"]
     state = "applying" if row["applying"] else "ok" if row["restorable"] else "DAMAGED POINTS"
+    if row["damaged_leaves"]:
+        state = f"DAMAGED HEAD ({row['damaged_leaves']} leaves; the next sync repairs them)"
     return (
         str(row["machine"]),
         str(row["owner"]),

@@ -20,7 +20,8 @@ def verify(machine: str, config: Path, as_json: bool) -> int:
     """Check MACHINE's head: every byte of it against its Merkle tree.
 
     Holes are not read, they must be zero in the tree, too. A mismatch is
-    damage on the storage: the ranges are listed, and the exit code is 11.
+    damage on the storage: the ranges are listed, and the exit code is 11. They
+    are noted, too, and the next sync of the machine sends them again.
     Works whether `serve` runs or not.
 
     \b
@@ -30,10 +31,13 @@ def verify(machine: str, config: Path, as_json: bool) -> int:
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
     from replica.durable import FileSystem
+    from replica.store.damage import note_verdicts
 
-    reader = find_replica(FileSystem(), load_receiver(config), machine)
+    fs = FileSystem()
+    reader = find_replica(fs, load_receiver(config), machine)
     with bars(as_json) as bar:
         verdicts = reader.verify(bar(f"verify {machine}"))
+    note_verdicts(fs, reader.layout, verdicts)
     damaged = [verdict for verdict in verdicts if verdict.mismatches]
     if as_json:
         disks = {
@@ -57,7 +61,7 @@ def verify(machine: str, config: Path, as_json: bool) -> int:
     names = ", ".join(v.disk.name for v in damaged)
     error = DamageError(
         f"the head of {machine} is damaged on disk {names}",
-        hint="check the storage below it, and keep the source until a new first copy is made",
+        hint="the next sync of the machine sends it again; check the storage below it",
     )
     complain(error)
     return error.exit_code

@@ -104,6 +104,11 @@ class DeltaFileReader:
     def disks(self) -> tuple[DiskChange, ...]:
         return self.manifest.disks
 
+    @property
+    def marks_lost(self) -> bool:
+        """Whether there may be LOST extents in it: content that nobody has any more."""
+        return self.manifest.lost
+
     def __len__(self) -> int:
         """Number of segments."""
         return len(self.manifest.table)
@@ -119,7 +124,7 @@ class DeltaFileReader:
         change = self.disks[entry.disk]
         segment = open_segment(self._opener, number, blob, change.grain_bytes)
         self._check_range(entry, segment.disk, segment.extents)
-        check_segment(change, segment)
+        check_segment(change, segment, lost=self.marks_lost)
         return segment
 
     def segments(self) -> Iterator[Segment]:
@@ -132,7 +137,7 @@ class DeltaFileReader:
         length = table_bytes(self._read(entry.offset, PREFIX_BYTES), number, entry.length, self.name)
         table = open_table(self._opener, number, self._read(entry.offset + PREFIX_BYTES, length), entry.length)
         self._check_range(entry, table.disk, table.extents)
-        check_rows(self.disks[entry.disk], table.extents)
+        check_rows(self.disks[entry.disk], table.extents, lost=self.marks_lost)
         return table
 
     def chunk(self, table: Table, index: int) -> bytes:

@@ -2,7 +2,9 @@
 
     length of the states u32 ‖ states (JSON) ‖ number of segments u32 ‖ a row of 64 bytes per segment
 
-The states are the delta's id, its base and its result. A segment's row says
+The states are the delta's id, its base and its result, and `lost` where segments
+have LOST extents: so a reader knows it without opening one, and where it is not
+said such extents are refused. A segment's row says
 where its blob lies in the file, which grains of which disk it covers, and the
 blob's BLAKE3 digest; its number is the row's index. Since the manifest is
 sealed, completeness and order of the segments are authentic.
@@ -69,6 +71,7 @@ class _States(Frozen, frozen=True, omit_defaults=True):
     base: State
     result: State
     committed: Stamp = NEVER
+    lost: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,7 @@ class Manifest:
     table: SegmentRows
     committed: Stamp = NEVER
     """Of an inverse: when the receiver had committed its result. What a sender says here is not listened to."""
+    lost: bool = False
 
     def entry(self, number: int) -> SegmentEntry:
         disk, length, offset, first, last, digest = self.table[number].item()
@@ -93,7 +97,13 @@ class Manifest:
 
 
 def encode_manifest(
-    delta_id: DeltaId, base: State, result: State, entries: Iterable[SegmentEntry], committed: Stamp = NEVER
+    delta_id: DeltaId,
+    base: State,
+    result: State,
+    entries: Iterable[SegmentEntry],
+    committed: Stamp = NEVER,
+    *,
+    lost: bool = False,
 ) -> bytes:
     """The plaintext. `entries` come in number order; FormatError if it would be refused by `decode_manifest`."""
     rows = bytearray()
@@ -103,7 +113,7 @@ def encode_manifest(
         rows += _ROW.pack(e.disk, e.length, e.offset, e.first, e.last, e.digest)
     table = np.frombuffer(bytes(rows), dtype=SEGMENT_ROW)
     _check_table(table, disk_changes(base, result), "the delta")
-    states = msgspec.json.encode(_States(delta_id, base, result, committed))
+    states = msgspec.json.encode(_States(delta_id, base, result, committed, lost))
     return b"".join((_COUNT.pack(len(states)), states, _COUNT.pack(len(table)), rows))
 
 
@@ -126,7 +136,7 @@ def decode_manifest(data: bytes, name: str = "the delta") -> Manifest:
     table = np.frombuffer(data, dtype=SEGMENT_ROW, offset=fixed + length)
     disks = disk_changes(states.base, states.result)
     _check_table(table, disks, name)
-    return Manifest(states.delta_id, states.base, states.result, disks, table, states.committed)
+    return Manifest(states.delta_id, states.base, states.result, disks, table, states.committed, states.lost)
 
 
 def _check_table(table: SegmentRows, disks: tuple[DiskChange, ...], name: str) -> None:

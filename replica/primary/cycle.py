@@ -4,6 +4,7 @@
     thaw, if a mark says that it may be frozen
     contact the receiver; make, adopt or find the replica    (`enrol`)
     wait, fold or discard until both sides agree             (`plan`)
+    send leaves of the head that rotted there again          (`repair`)
     begin a delta on the replica's head                      the receiver may refuse: nothing was frozen yet
     freeze                                                   (`tracking.instant`)
       every disk: scan -> rows -> segments -> sealed -> spool -> sent by its own thread
@@ -18,7 +19,8 @@ the journal is there, and the plan finds out what became of it.
 
 If the receiver finds other roots than the manifest names, or what is stored of a
 disk does not fit together, the trackers do not describe what they should: they
-are not trusted any more, and the same call ships everything once.
+are not trusted any more, and the same call ships everything once. If it finds that
+leaves of its own head rotted, the same call repairs them and ships again.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ import msgspec
 from replica import images
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
-from replica.errors import BusyError, RootMismatchError, TrackerDamageError
+from replica.errors import BusyError, LeafDamageError, RootMismatchError, TrackerDamageError
 from replica.model import Consistency, DeltaId, Disk, DiskState, Frozen, ReplicaId, State, random_id
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
 from replica.primary.enrol import UNKNOWN_DISK_ID, adopt, become_another, contact, current_disks, look
 from replica.primary.reading import Reading
 from replica.primary.record import MachineDirectory, MachineRecord
+from replica.primary.repair import Repair
 from replica.primary.retry import Patience
 from replica.primary.shipment import Shipment
 from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
@@ -117,6 +120,7 @@ class _Cycle:
         self.fs, self.spec, self.machine, self.directory = fs, spec, machine, directory
         self.receiver, self.progress, self.patience = receiver, progress, patience
         self.wait_limit_seconds = wait_limit_seconds
+        self.repair = Repair(fs, machine, receiver, patience)
         self.started = time.monotonic()
         self.sent_before = receiver.bytes_sent
 
@@ -125,14 +129,19 @@ class _Cycle:
         record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, measured)
         disks = current_disks(record, measured)
         record, ship = self._agree(record, info, disks)
+        self.repair.run(record, info.damaged)
         try:
             return self._ship(record, key, ship)
+        except LeafDamageError as error:
+            _log.warning("machine %r: %s; repairing what can be", self.machine.name, error)
+            record = self.directory.load() or record
         except (RootMismatchError, TrackerDamageError) as error:
             _log.warning("machine %r: %s; shipping everything once", self.machine.name, error)
             record = self.directory.load() or record
             record = self.directory.save(msgspec.structs.replace(record, trusted=False))
         info = self._look(record)
         record, ship = self._agree(record, info, disks)
+        self.repair.run(record, info.damaged)
         return self._ship(record, key, ship)
 
     def _measure(self, disk: DiskSpec) -> Disk:
@@ -210,7 +219,16 @@ class _Cycle:
         ) as shipment:
             shipment.begin()
             with JournalWriter(self.fs, self.directory.path) as journal:
-                reading = Reading(self.fs, self.directory.path, self.machine, shipment, sealer, journal, self.progress)
+                reading = Reading(
+                    self.fs,
+                    self.directory.path,
+                    self.machine,
+                    shipment,
+                    sealer,
+                    journal,
+                    self.progress,
+                    self.repair.left,
+                )
                 snapshot, roots = reading.read(trackers, fresh, ship.base, self.patience.check)
                 shipment.wait_sent(reading.report)
                 states = tuple(DiskState(disk, root) for disk, root in zip(record.disks, roots, strict=True))

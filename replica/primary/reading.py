@@ -18,7 +18,8 @@ from replica.delta import DATA, DeltaSealer, Packer, Rows, hole_rows, window_row
 from replica.durable import FileSystem
 from replica.errors import SizeChangedError
 from replica.images import Image
-from replica.model import Disk, State
+from replica.model import DamagedLeaves, Disk, State
+from replica.primary.repair import mark_dirty
 from replica.primary.sealing import Sealing
 from replica.primary.shipment import Shipment
 from replica.primary.spec import MachineSpec
@@ -40,10 +41,13 @@ class Reading:
         sealer: DeltaSealer,
         journal: JournalWriter,
         progress: Progress,
+        whole: Sequence[DamagedLeaves] = (),
     ) -> None:
+        """`whole`: leaves that go into the delta with all of their grains, changed or not."""
         self._fs, self._directory, self._machine = fs, directory, machine
         self._shipment, self._sealer, self._journal = shipment, sealer, journal
         self._progress = progress
+        self._whole = list(whole)
         self._total = 0
         self.scanned = 0
         """Bytes read from the images."""
@@ -103,6 +107,8 @@ class Reading:
         base_grains = scan.disk.count_grains if in_base else 0
         before = self.scanned
         for piece in scan:
+            if isinstance(piece, Window):
+                mark_dirty(piece, scan.disk, self._whole)
             rows = _add(piece, scan.disk, index, packer, base_grains)
             compared = isinstance(piece, Window) and piece.dirty is not None
             counted = rows if compared else rows[rows["data"] == DATA]

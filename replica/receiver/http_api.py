@@ -23,7 +23,7 @@ import msgspec
 from aiohttp import web
 
 from replica.errors import ForbiddenError, ProtocolError, ReplicaError, TransportError
-from replica.model import DeltaId, DiskId, Frozen, ReplicaId
+from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
 from replica.receiver.bodies import BodyBudget, TooManyBodiesError, length_of, read_body
 from replica.receiver.reading import DiskReading
 from replica.receiver.session import Session
@@ -65,6 +65,7 @@ class HttpApi:
         app.router.add_get(f"{replica}/points", self._points, allow_head=False)
         app.router.add_get(f"{replica}/points/{{point}}/disks/{{disk}}", self._disk, allow_head=False)
         app.router.add_get(f"{replica}/disks/{{disk}}/tree", self._tree, allow_head=False)
+        app.router.add_put(f"{replica}/disks/{{disk}}/leaves/{{number}}", self._leaves)
         app.on_response_prepare.append(_plain_server_name)
         return app
 
@@ -143,6 +144,15 @@ class HttpApi:
         digests = await self._call.on(arguments[0], self._session(request).tree, *arguments)
         return web.Response(body=digests, content_type="application/octet-stream")
 
+    async def _leaves(self, request: web.Request) -> web.Response:
+        disk_id, first = DiskId(_uuid(request, "disk")), _number(request.match_info["number"], "leaf")
+        length = length_of(request, wire.MAX_BODY_BYTES)
+        session, replica_id = await self._admitted(request)
+        epoch = _epoch(request)
+        async with self._budget.hold(session.identity, length):
+            body = await read_body(request, length)
+            return _document(await self._call.on(replica_id, _repair, session, replica_id, disk_id, first, epoch, body))
+
     # --- around every request ---
 
     def _session(self, request: web.Request) -> Session:
@@ -205,6 +215,15 @@ def _start_commit(session: Session, replica_id: ReplicaId, delta_id: DeltaId, bo
     return session.start_commit(replica_id, delta_id, bytes(frame.blob), frame.offset)
 
 
+def _repair(
+    session: Session, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, body: bytearray
+) -> wire.StillDamaged:
+    frames = wire.decode_segments(body, first)
+    if len(frames) != 1:
+        raise ProtocolError(f"{len(frames)} frames of leaves; one request has one")
+    return session.repair_leaves(replica_id, disk_id, epoch, frames[0])
+
+
 async def _settled(job: Job, seconds: float) -> bool:
     """Whether the job is done within that time."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
@@ -234,6 +253,14 @@ def _replica_id(request: web.Request) -> ReplicaId:
 
 def _delta_id(request: web.Request) -> DeltaId:
     return DeltaId(_uuid(request, "delta"))
+
+
+def _epoch(request: web.Request) -> Epoch:
+    counter, holder = _number(request.query.get("epoch", ""), "epoch"), request.query.get("holder", "")
+    with suppress(ValueError):
+        if str(value := UUID(holder)) == holder:
+            return Epoch(counter, value)
+    raise ProtocolError(f"holder {holder[:64]!r} is not an id", hint="write it as 8-4-4-4-12 lower-case hex digits")
 
 
 def _number(text: str, what: str) -> int:

@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from replica.errors import UnknownMachineError
-from replica.model import DeltaId, Disk, DiskId, ReplicaId, State
+from replica.model import DeltaId, Disk, DiskId, Epoch, ReplicaId, State
 from replica.receiver.slot import Job, Slot
 from replica.receiver.stores import OpenPoint
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, Frame, PointSummary, ReplicaInfo, check_digest
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    Frame,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    check_digest,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -97,6 +107,17 @@ class Session:
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._slot(replica_id).discard(delta_id)
+
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        frame = Frame(first, 0, digest, memoryview(content).cast("B"))
+        check_digest(frame)
+        return self.repair_leaves(replica_id, disk_id, epoch, frame)
+
+    def repair_leaves(self, replica_id: ReplicaId, disk_id: DiskId, epoch: Epoch, frame: Frame) -> StillDamaged:
+        """Leaves whose digest was checked."""
+        return StillDamaged(self._slot(replica_id).repair(disk_id, frame.number, epoch, frame.blob))
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
         points = self._site.reader(self.identity, replica_id).points()

@@ -30,7 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError, StorageFullError
-from replica.model import NIL, DeltaId, Epoch, ReplicaId, State, rfc3339
+from replica.model import NIL, DamagedLeaves, DeltaId, DiskId, Epoch, ReplicaId, State, rfc3339
 from replica.receiver.admission import Activity, Pace, check_adopt, check_delta
 from replica.receiver.spec import SiteSpec
 from replica.receiver.stores import Store, Stores
@@ -185,6 +185,7 @@ class Slot:
             applying=self._working_on() or store.applying,
             receiving=store.receiving,
             stopped=to_problem(stopped) if stopped else None,
+            damaged=store.damaged,
         )
 
     def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
@@ -240,6 +241,22 @@ class Slot:
         with self._jobs:
             if self._working_on() is None and store.receiving == delta_id:
                 self._active = Activity(delta_id, store.epoch, self._clock())
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        """Repair leaves of the head; those of them that still are damaged."""
+        store = self._running_store()
+        with self._jobs:
+            self._refuse_while_working("repair the head")
+        left = store.repair(disk_id, first, epoch, content)
+        log.warning(
+            "replica %s: damage on disk %s from leaf %d on: the sender sent %d bytes, %s",
+            self.replica_id,
+            disk_id,
+            first,
+            len(content),
+            "and it is repaired" if not left else f"and {sum(d.stop - d.first for d in left)} leaves stay damaged",
+        )
+        return left
 
     def discard(self, delta_id: DeltaId) -> None:
         store = self.store()

@@ -21,6 +21,9 @@ Recovery, whenever a replica is opened or a commit failed in the middle:
   inverse is applied instead, and is garbage only when the head is the old state
   again, durably; it is removed before `applying` is cleared.
 - `applying` set, no inverse: the head is untouched; `applying` is cleared.
+- An inverse with LOST extents cannot undo: what it would have to write nobody has.
+  If the redo cannot succeed either, the replica stays as it is, with every byte.
+- Images and trees of the head that are gone are made anew, to be repaired (`repair`).
 
 What recovery relies on is synced again before it acts, because a file seen
 after a crash may so far be in the page cache only. A crash during recovery is
@@ -33,13 +36,15 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from replica import documents
+import numpy as np
+
 from replica.delta import (
     Delta,
     DeltaFileReader,
     DeltaWriter,
     DiskChange,
     Keyring,
+    RottenLeavesError,
     Rows,
     Segment,
     prepare,
@@ -47,13 +52,23 @@ from replica.delta import (
     write,
 )
 from replica.durable import FileSystem
-from replica.errors import BaseMismatchError, DamageError, ImageError, ProtocolError, ReplicaError, StorageError
+from replica.errors import (
+    BaseMismatchError,
+    DamageError,
+    ImageError,
+    LostError,
+    ProtocolError,
+    ReplicaError,
+    StorageError,
+)
 from replica.images.flat import FlatImage
-from replica.model import NEVER, DeltaId, Epoch, Stamp, State, random_id
+from replica.model import NEVER, DamagedLeaves, DeltaId, Epoch, Stamp, State, random_id
 from replica.progress import Progress, silent
+from replica.store import damage
 from replica.store.head import FileHead
 from replica.store.incoming import final_path
-from replica.store.layout import HeadFormat, Layout, StoreState
+from replica.store.layout import HeadFormat, Layout, StoreState, save_state
+from replica.store.repair import HeadRepair, make_missing
 
 
 class Committer:
@@ -94,7 +109,7 @@ class Committer:
                 temporary = self._layout.points / f".{delta_id}.{os.urandom(4).hex()}.tmp"
                 try:
                     self._check_writable(delta)
-                    self._seal_inverse(head, delta, temporary, progress)
+                    self._seal_inverse_healing(head, delta, temporary, progress)
                 except BaseException:
                     self._fs.unlink(temporary)
                     raise
@@ -106,8 +121,27 @@ class Committer:
                     raise
                 with self._open(self._layout.point(delta_id)) as inverse:
                     self._rewrite(head, delta, inverse)
+            self._clear_replaced(delta)
         self._fs.unlink(final_path(self._layout, delta_id))
         return self.state.head
+
+    def _clear_replaced(self, delta: DeltaFileReader) -> None:
+        """Marks of leaves that this delta wrote, and of disks that it cut or removed, say nothing any more."""
+        marks = damage.load(self._fs, self._layout)
+        gone: list[DamagedLeaves] = []
+        for index, change in enumerate(delta.disks):
+            count, per_leaf = change.after.count_leaves if change.after else 0, change.disk.grains_per_leaf
+            for marked in marks.of(change.disk_id):
+                if count < marked.stop:
+                    gone.append(DamagedLeaves(change.disk_id, max(marked.first, count), marked.stop))
+                for number in delta.overlapping(index, marked.first * per_leaf, marked.stop * per_leaf):
+                    rows = delta.table(number).extents
+                    low = np.maximum(rows["first"] // per_leaf, marked.first)
+                    high = np.minimum(-(-(rows["first"] + rows["count"]).astype(np.int64) // per_leaf), marked.stop)
+                    touched = low.astype(np.int64) < high
+                    runs = zip(low[touched].tolist(), high[touched].tolist(), strict=True)
+                    gone += [DamagedLeaves(change.disk_id, a, b) for a, b in runs]
+        damage.clear(self._fs, self._layout, gone)
 
     def recover(self) -> None:
         """Finish or undo what was being applied; afterwards `state.applying` is none.
@@ -122,6 +156,7 @@ class Committer:
                 self._set_state(self.state.head)
             else:
                 self._finish_or_undo(applying)
+        make_missing(self._fs, self._layout, self.state.head, self._head_format)
         for name in self._fs.list_names(self._layout.points):
             if name.startswith("."):
                 self._fs.unlink(self._layout.points / name)
@@ -130,8 +165,9 @@ class Committer:
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        state = StoreState(self.state.head, epoch, self.state.applying, self.state.committed)
-        documents.save(self._fs, self._layout.state, state)
+        before = self.state
+        state = StoreState(before.head, epoch, before.applying, before.committed, before.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
     # --- the steps ---
@@ -173,13 +209,38 @@ class Committer:
         self._set_state(self.state.head)
         self._fs.unlink(self._layout.point(applying))
 
+    def _seal_inverse_healing(
+        self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress
+    ) -> None:
+        """Pass 1; once more if what stood in its way was damage that the replica can repair by itself.
+
+        Damage that it cannot is marked, and the delta refused: its sender can repair it, or replace it (`damage`).
+        """
+        repair = HeadRepair(self._fs, self._layout, head)
+        marks = damage.load(self._fs, self._layout)
+        if marks.trees:
+            repair.heal(marks.leaves)
+        try:
+            return self._seal_inverse(head, delta, temporary, progress)
+        except RottenLeavesError as error:
+            damage.note(self._fs, self._layout, error.leaves, error.trees)
+            if not repair.heal(error.leaves, error.trees):
+                raise
+        self._fs.unlink(temporary)
+        try:
+            self._seal_inverse(head, delta, temporary, progress)
+        except RottenLeavesError as error:
+            damage.note(self._fs, self._layout, error.leaves, error.trees)
+            raise
+
     def _seal_inverse(self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress) -> None:
         """Pass 1. Afterwards `temporary` is a complete, synced inverse and the resulting roots are proven."""
         state = self.state
         key = self._keyring.get(delta.header.key_id)
         inverse_id = DeltaId(random_id())
         with DeltaWriter(self._fs, temporary, key, state.head.replica_id, inverse_id, state.epoch) as writer:
-            prepare(head, delta, writer.add, progress)
+            rotten = damage.load(self._fs, self._layout).leaves
+            prepare(head, delta, writer.add, progress, rotten=rotten)
             writer.finish(base=delta.result, result=delta.base, committed=state.committed)
 
     def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta, *, garbage: Path | None = None) -> None:
@@ -204,7 +265,13 @@ class Committer:
         inverse = self._open_checked(self._layout.point(applying))
         try:
             if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
-                pass
+                self._clear_replaced(delta)
+            elif inverse is not None and inverse.marks_lost:
+                raise LostError(
+                    f"the commit of delta {applying} in {self._layout.root} was cut, the delta cannot be read any "
+                    "more, and undoing it needs content that damage had taken before",
+                    hint="keep the directory as it is; all points can be restored, but for what was damaged in them",
+                )
             elif inverse is not None and inverse.result == self.state.head and inverse.base.delta_id == applying:
                 with self._interrupted_head(inverse.base) as head:
                     self._rewrite(head, inverse, _AllData(inverse), garbage=self._layout.point(applying))
@@ -254,8 +321,8 @@ class Committer:
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
         committed = self.state.committed if head == self.state.head else self._now()
-        state = StoreState(head, self.state.epoch, applying, committed)
-        documents.save(self._fs, self._layout.state, state)
+        state = StoreState(head, self.state.epoch, applying, committed, self.state.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
 
@@ -272,6 +339,7 @@ class _AllData:
         self.base = delta.result
         self.result = delta.base
         self.disks: tuple[DiskChange, ...] = delta.disks
+        self.marks_lost = False
 
     def segments(self) -> Iterator[Segment]:
         raise ReplicaError("only the extents of this delta are known")

@@ -9,7 +9,7 @@ Not thread-safe, but for `read_into` (positioned reads).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -125,6 +125,16 @@ class FileHead:
 
     def tree(self, disk_id: DiskId) -> MerkleTree:
         return self._trees[disk_id][1]
+
+    def allocated(self, disk_id: DiskId) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of bytes of the image that are no hole, ascending."""
+        return self._images[disk_id].allocated(0, self._disks[disk_id].size_bytes)
+
+    def reopen_tree(self, disk_id: DiskId) -> None:
+        """Another file has taken the tree's place."""
+        tree = self._fs.open(self._layout.tree(disk_id), write=True)
+        self._trees.pop(disk_id)[0].close()
+        self._trees[disk_id] = (tree, MerkleTree(FileNodes(tree), self._disks[disk_id].leaf_bytes))
 
     def set_disks(self, disks: Sequence[Disk]) -> None:
         """Make the head hold exactly these disks: new ones empty, others cut or grown with zeros."""

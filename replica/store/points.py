@@ -22,12 +22,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from replica import documents
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
 from replica.model import NEVER, DeltaId, Stamp, State
-from replica.store.layout import Layout, StoreState
+from replica.store.layout import Layout, StoreState, load_state
 
 LOOKS = 100
 """How often the directory is looked at until nothing changed meanwhile; the last look counts whatever it was."""
@@ -159,7 +158,7 @@ class PointIndex:
         return chain
 
     def _look(self) -> tuple[StoreState, list[str]]:
-        state = documents.load(self._fs, self._layout.state, StoreState)
+        state = load_state(self._fs, self._layout)
         return state, [name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")]
 
 

@@ -24,15 +24,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from replica import documents
 from replica.delta import ChainReader, DeltaFileReader, Keyring
 from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import FileSystem
-from replica.errors import DamageError, PointGoneError, StorageError
+from replica.errors import DamageError, LostError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
-from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store import damage
+from replica.store.damage import Marks, reading_damage
+from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
 from replica.store.points import Chain, Link, PointIndex, PointInfo
 from replica.store.verify import DiskVerdict, verify_head
@@ -54,7 +55,7 @@ class ReplicaReader:
 
     @property
     def state(self) -> StoreState:
-        return documents.load(self._fs, self.layout.state, StoreState)
+        return load_state(self._fs, self.layout)
 
     @property
     def head(self) -> State:
@@ -72,13 +73,20 @@ class ReplicaReader:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
         chain = self._index.chain()
         head = chain.state.head
+        damaged = reading_damage(self._fs, self._keyring, chain, self.marks)
         infos = [
-            PointInfo(link.result, link.stored_bytes, not chain.torn, link.committed)
+            PointInfo(
+                link.result,
+                link.stored_bytes,
+                not chain.torn and link.result.delta_id not in damaged,
+                link.committed,
+            )
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain), chain.state.committed))
+            usable = self._head_usable(chain) and head.delta_id not in damaged
+            infos.append(PointInfo(head, self._head_bytes(head), usable, chain.state.committed))
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -86,6 +94,11 @@ class ReplicaReader:
                     known.add(state.delta_id)
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
         return sorted(infos, key=lambda info: info.state.point)
+
+    @property
+    def marks(self) -> Marks:
+        """What is known to be damaged in the head (`damage`)."""
+        return damage.load(self._fs, self.layout)
 
     @property
     def damaged(self) -> list[Path]:
@@ -181,6 +194,8 @@ class PointReader:
         self._mutex = threading.Lock()
         self._resources = ExitStack()
         self._images: dict[DiskId, FlatImage] = {}
+        self._images_of: dict[DiskId, Disk] = {}
+        self._marks = damage.load(fs, layout)
         try:
             self._chain = self._connect(links)
         except BaseException:
@@ -259,10 +274,27 @@ class PointReader:
                 continue  # added since this point, and perhaps not made yet
             disk, path = entry.disk, self._layout.image(entry.disk.id)
             image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            self._images_of[disk.id] = disk
             self._images[disk.id] = self._resources.enter_context(image)
 
     def _read_head(self, disk_id: DiskId, offset: int, buffer: memoryview) -> None:
+        self._refuse_damaged(disk_id, offset, offset + len(buffer))
         self._images[disk_id].read_into(offset, buffer)
+
+    def _refuse_damaged(self, disk_id: DiskId, start: int, stop: int) -> None:
+        """LostError if the head is known to be damaged there, and was not repaired meanwhile."""
+        disk = self._images_of[disk_id]
+        if not damage.overlapping(self._marks, disk, start, stop):
+            return
+        self._marks = damage.load(self._fs, self._layout)
+        for first, last in damage.overlapping(self._marks, disk, start, stop):
+            raise LostError(
+                f"disk {disk.name!r} of the head is damaged: {last - first} bytes at {first}",
+                hint="the next sync of the machine repairs it; points that do not read them can be restored",
+                disk=disk.name,
+                offset=first,
+                length=last - first,
+            )
 
     def _newer(self) -> list[DeltaFileReader]:
         """Layers for what was applied since the last look, nearest the point first."""

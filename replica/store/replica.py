@@ -26,7 +26,6 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
-from replica import documents
 from replica.delta import DataKey, DeltaFileReader, Keyring, decode_header
 from replica.durable import FileSystem, Lock
 from replica.errors import (
@@ -40,12 +39,24 @@ from replica.errors import (
     ReplicaError,
     StorageError,
 )
-from replica.model import DeltaId, Epoch, State
+from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
+from replica.store import damage
 from replica.store.commit import Committer
+from replica.store.head import FileHead
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
-from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
+from replica.store.layout import (
+    Identity,
+    Layout,
+    StoreState,
+    heal_identity,
+    load_state,
+    read_identity,
+    save_state,
+    write_identity,
+)
 from replica.store.marks import Marks
+from replica.store.repair import MAX_LEAVES, HeadRepair
 from replica.store.retention import Policy
 from replica.store.rotation import Rotated, Rotator
 from replica.store.space import commit_bytes, full
@@ -86,7 +97,7 @@ class ReplicaStore:
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
             Marks(fs, layout).ensure()
-            documents.save(fs, layout.state, StoreState(State.empty(identity.replica_id, epoch), epoch))
+            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
             write_identity(fs, layout, identity)
             return cls(fs, layout, lock, identity)
         except BaseException:
@@ -102,7 +113,9 @@ class ReplicaStore:
         layout = Layout(directory)
         lock = _take_lock(fs, layout)
         try:
-            store = cls(fs, layout, lock, read_identity(fs, layout))
+            identity = read_identity(fs, layout)
+            store = cls(fs, layout, lock, identity)
+            heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
             lock.release()
@@ -112,8 +125,8 @@ class ReplicaStore:
     def _load(self) -> None:
         """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
         a further one says nothing about what was written before it."""
-        state = documents.load(self._fs, self._layout.state, StoreState)
-        documents.save(self._fs, self._layout.state, state)
+        state = load_state(self._fs, self._layout)
+        save_state(self._fs, self._layout, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
@@ -174,6 +187,44 @@ class ReplicaStore:
     def receiving(self) -> DeltaId | None:
         """The delta that is arriving or was received."""
         return next(iter(held(self._fs, self._layout).values()), None)
+
+    @property
+    def damaged(self) -> tuple[DamagedLeaves, ...]:
+        """Leaves of the head that are marked as rotten and that the source is to be asked for, a bounded number.
+
+        Not those of a disk whose tree contradicts itself: the next commit makes the tree anew and then knows which
+        leaves are rotten. It is marked for that here; if the commit cannot, they are listed all the same.
+        """
+        marks = damage.load(self._fs, self._layout)
+        if not marks.leaves or self._closed or not self._working.acquire(blocking=False):
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        try:
+            if self.stopped is not None or self.applying is not None:
+                return damage.first_of(marks.leaves, MAX_LEAVES)
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                unfit = HeadRepair(self._fs, self._layout, head).contradicting(marks)
+            damage.note(self._fs, self._layout, (), unfit)
+        except ReplicaError:  # a file is gone, say: the next commit stops at it, and what opens the store anew mends it
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        finally:
+            self._working.release()
+        return damage.first_of([d for d in marks.leaves if d.disk_id not in unfit], MAX_LEAVES)
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        """Repair leaves of the head from what the source holds in them (`repair`); those that still are damaged.
+
+        Idempotent. Raises FencedError, BusyError, ProtocolError, StorageError, DamageError.
+        """
+        with self._mutex:
+            self._ensure_running()
+            self._check_epoch(epoch)
+            if not self._working.acquire(blocking=False):
+                raise self._busy()
+        try:
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                return HeadRepair(self._fs, self._layout, head).put(disk_id, first, content)
+        finally:
+            self._working.release()
 
     def has_key(self, key: DataKey) -> bool:
         """Whether exactly this key is here."""

@@ -102,6 +102,7 @@ class Sliced:
         self.base: State = reader.base
         self.result: State = reader.result
         self.disks: tuple[DiskChange, ...] = reader.disks
+        self.marks_lost: bool = reader.marks_lost
 
     def extents(self) -> Iterator[tuple[int, Rows]]:
         return self._reader.extents()

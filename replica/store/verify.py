@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from replica import documents
 from replica.durable import File, FileSystem
 from replica.errors import BusyError
 from replica.images.flat import FlatImage
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk, DiskState
 from replica.progress import Progress, silent
-from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 
 WINDOW_BYTES = 4 << 20
 SETTLE_TRIES = 100
@@ -44,7 +43,7 @@ class DiskVerdict:
 def verify_head(fs: FileSystem, layout: Layout, progress: Progress = silent) -> list[DiskVerdict]:
     """Check every disk of the head. Raises StorageError if something cannot be read at all."""
     head_format = read_identity(fs, layout).head_format
-    head = documents.load(fs, layout.state, StoreState).head
+    head = load_state(fs, layout).head
     total = sum(entry.disk.size_bytes for entry in head.disks)
     verdicts: list[DiskVerdict] = []
     done = 0
@@ -135,7 +134,7 @@ class _Checker:
         """Hold the head still, between two commits."""
         for _ in range(SETTLE_TRIES):
             with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
-                state = documents.load(self._fs, self._layout.state, StoreState)
+                state = load_state(self._fs, self._layout)
                 if state.applying is None:
                     yield state
                     return

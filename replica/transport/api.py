@@ -27,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from replica.model import DeltaId, DiskId, ReplicaId
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo
+from replica.model import DeltaId, DiskId, Epoch, ReplicaId
+from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo, StillDamaged
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -68,6 +68,14 @@ class Receiver(Protocol):
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         """Give an incomplete delta up; nothing happens if it is not there."""
+
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        """What the source holds in consecutive leaves from `first` on, to repair damaged ones of the head with.
+
+        `digest` is BLAKE3-256 of `content`, which ends with a leaf or with the disk. FencedError, BusyError.
+        """
 
     def abort(self) -> None:
         """From any thread: break off the call that another one is in, which raises TransportError.

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from replica.model import DeltaId, DiskId, Frozen, ReplicaId
+from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
 from replica.transport import wire
 from replica.transport.connection import ANSWER_SECONDS, Connection
 from replica.transport.tls import TlsFiles
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo
+from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo, StillDamaged
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -86,6 +86,14 @@ class HttpReceiver:
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._connection.exchange("DELETE", _delta(replica_id, delta_id))
+
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        body = (wire.encode_frame(first, 0, digest, content), content)
+        query = f"epoch={epoch.counter}&holder={epoch.holder}"
+        path = f"/v1/replicas/{replica_id}/disks/{disk_id}/leaves/{first}?{query}"
+        return wire.decode(self._connection.exchange("PUT", path, body)[1], StillDamaged, f"the answer of {self.url}")
 
     # --- PointSource ---
 

@@ -33,7 +33,7 @@ import blake3
 import msgspec
 
 from replica.errors import BY_CODE, BaseMismatchError, ProtocolError, ReplicaError, TransportError
-from replica.model import DIGEST_BYTES, DeltaId, Epoch, Frozen, KeyId, ReplicaId, State, check_name
+from replica.model import DIGEST_BYTES, DamagedLeaves, DeltaId, Epoch, Frozen, KeyId, ReplicaId, State, check_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -49,6 +49,7 @@ MAX_RESPONSE_BYTES = 16 << 20
 MAX_FILE_HEADER_BYTES = 4096
 MAX_WAIT_SECONDS = 60
 MAX_TREE_NODES = 1 << 16
+MAX_DAMAGED_LEAVES = 4096
 KEY_BYTES = 32
 
 TAIL_NUMBER = 0xFFFFFFFF
@@ -78,6 +79,8 @@ class ReplicaInfo(Frozen, frozen=True):
     `applying` is the delta whose commit is under way (asked for, not yet
     done); `receiving` the one that is open for segments. `stopped` says why
     the replica takes nothing at present; everything it has is kept.
+    `damaged` are leaves of the head that rotted (at most `MAX_DAMAGED_LEAVES`
+    at a time): the sender sends what the source has in them.
     """
 
     replica_id: ReplicaId
@@ -88,6 +91,13 @@ class ReplicaInfo(Frozen, frozen=True):
     applying: DeltaId | None = None
     receiving: DeltaId | None = None
     stopped: Problem | None = None
+    damaged: tuple[DamagedLeaves, ...] = ()
+
+
+class StillDamaged(Frozen, frozen=True):
+    """The leaves among those just sent whose content was not what they had held."""
+
+    leaves: tuple[DamagedLeaves, ...]
 
 
 class Enrol(Frozen, frozen=True):

@@ -25,7 +25,19 @@ from replica.errors import (
     ProtocolError,
     ReplicaError,
 )
-from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, Epoch, KeyId, ReplicaId, State, random_id
+from replica.model import (
+    Consistency,
+    DamagedLeaves,
+    DeltaId,
+    Disk,
+    DiskId,
+    DiskState,
+    Epoch,
+    KeyId,
+    ReplicaId,
+    State,
+    random_id,
+)
 from replica.store import Identity, PointInfo, Policy, Rotated
 from replica.store.space import Space, SpaceLimits, judge
 
@@ -69,6 +81,13 @@ class MemoryStore:
         self.commits = 0
         self.closed = False
         self.received_bytes = 0
+        self.damaged: tuple[DamagedLeaves, ...] = ()
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        if epoch != self.epoch:
+            raise FencedError("another sender took it over", hint="stop one")
+        left, self.damaged = self.damaged, ()
+        return left[1:]
 
     def has_key(self, key: DataKey) -> bool:
         return (key.id, key.secret) == (self.key.id, self.key.secret)

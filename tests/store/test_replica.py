@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from replica import documents
 from replica.durable import File, FileSystem
 from replica.errors import (
     BaseMismatchError,
@@ -28,6 +27,7 @@ from replica.errors import (
 )
 from replica.model import DeltaId, DiskId, Epoch, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, restore_point
+from replica.store.layout import load_state, save_state
 from tests.store.small_primary import SmallPrimary
 
 SIZES = {"os": 3_000_001, "data": 9_437_184}
@@ -507,8 +507,8 @@ def test_verify_says_when_a_commit_was_cut(fs: FileSystem, tmp_path: Path, monke
     primary.scribble()
     primary.sync(store)
     layout = Layout(store.directory)
-    state = documents.load(fs, layout.state, StoreState)
-    documents.save(fs, layout.state, StoreState(state.head, state.epoch, DeltaId(random_id())))
+    state = load_state(fs, layout)
+    save_state(fs, layout, StoreState(state.head, state.epoch, DeltaId(random_id()), serial=state.serial + 1))
     monkeypatch.setattr("replica.store.verify.SETTLE_TRIES", 2)
     with pytest.raises(BusyError, match="start 'replica serve'"):
         ReplicaReader(fs, store.directory).verify()

@@ -20,6 +20,7 @@ from replica.errors import DamageError
 from replica.model import NEVER, DeltaId, Stamp, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, pins, thin
 from replica.store.clock import Reading
+from replica.store.layout import save_state
 from replica.store.marks import Marks
 from replica.store.points import PointIndex
 from replica.store.thin import Sliced
@@ -325,9 +326,10 @@ def test_a_commit_that_is_undone_does_not_make_its_point_younger(
     store.close()
     path = store.directory / "state"
     state = documents.load(fs, path, StoreState)
-    documents.save(fs, path, StoreState(state.head, state.epoch, DeltaId(random_id()), state.committed))
+    applying = StoreState(state.head, state.epoch, DeltaId(random_id()), state.committed, state.serial + 1)
+    save_state(fs, Layout(store.directory), applying)
     store = ReplicaStore.open(fs, store.directory)
-    assert store.applying is None and documents.load(fs, path, StoreState) == state
+    assert store.applying is None and documents.load(fs, path, StoreState).head == state.head
     store.adopt(state.epoch, random_id())
     assert documents.load(fs, path, StoreState).committed == state.committed
 
@@ -573,8 +575,8 @@ def test_points_of_before_commit_times_count_from_their_freeze(fs: FileSystem, t
     state = documents.load(fs, store.directory / "state", StoreState)
     assert state.committed == Stamp(500_000 * HOUR_NS, 500_000 * HOUR_NS)
     store.close()
-    old = StoreState(state.head, state.epoch)
-    documents.save(fs, store.directory / "state", old)
+    old = StoreState(state.head, state.epoch, serial=state.serial + 1)
+    save_state(fs, Layout(store.directory), old)
     store = ReplicaStore.open(fs, store.directory)
     make_points(primary, store, clocks, 1)
     assert ReplicaReader(fs, store.directory).points()[0].committed == NEVER
