@@ -77,6 +77,14 @@ class File:
         with _named("stat", self.path):
             return os.fstat(self._fd).st_size
 
+    def has_name(self) -> bool:
+        """Whether the file's path still names this very file; nobody else gets its inode while it is open."""
+        with _named("stat", self.path):
+            try:
+                return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+            except FileNotFoundError:
+                return False
+
     def allocated_bytes(self) -> int:
         """Bytes the file occupies on its file system (holes do not count)."""
         with _named("stat", self.path):

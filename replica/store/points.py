@@ -117,6 +117,12 @@ class PointIndex:
         self._known: dict[str, Link] = {}
         self._damaged: set[str] = set()
 
+    def copy(self) -> PointIndex:
+        """Another index that knows what this one knows, for another thread."""
+        other = PointIndex(self._fs, self._layout, self._keyring)
+        other._known, other._damaged = dict(self._known), set(self._damaged)
+        return other
+
     @property
     def damaged(self) -> list[Path]:
         """Files that were in `points/` at the last look and are no readable inverse."""

@@ -24,15 +24,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from replica.delta import ChainReader, DeltaFileReader, Keyring
+from replica.delta import ChainReader, Keyring
 from replica.delta.read import ALLOCATED_BYTES
-from replica.durable import FileSystem
+from replica.durable import File, FileSystem
 from replica.errors import DamageError, LostError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.damage import Marks, reading_damage
+from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
 from replica.store.points import Chain, Link, PointIndex, PointInfo
@@ -131,7 +132,9 @@ class ReplicaReader:
                 if chain.to(state.point) is None and number is None:
                     continue
                 state, links = self._find(chain, state.point)
-                reader = PointReader(self._fs, self.layout, self._keyring, self.identity.head_format, state, links)
+                reader = PointReader(
+                    self._fs, self.layout, self._keyring, self.identity.head_format, state, links, self._index.copy()
+                )
                 undo.pop_all()
             reader.on_close(lock.release)
             return reader
@@ -169,10 +172,6 @@ def _refuse_torn(chain: Chain, layout: Layout) -> None:
         )
 
 
-class _MovedError(Exception):
-    """What a reader took for the way to the head is not any more: a commit that it saw was rolled back."""
-
-
 class PointReader:
     """One point, open for reading and pinned until `close`."""
 
@@ -184,15 +183,20 @@ class PointReader:
         head_format: HeadFormat,
         state: State,
         links: tuple[Link, ...],
+        index: PointIndex,
     ) -> None:
         self._fs = fs
         self._layout = layout
         self._keyring = keyring
         self._head_format = head_format
         self.state = state
-        self._index = PointIndex(fs, layout, keyring)
+        self._index = index
+        self._files = LayerFiles(fs, keyring)
         self._mutex = threading.Lock()
         self._resources = ExitStack()
+        self._resources.callback(self._files.close)
+        self._settled: File | None = None
+        self._resources.callback(self._close_document)
         self._images: dict[DiskId, FlatImage] = {}
         self._images_of: dict[DiskId, Disk] = {}
         self._marks = damage.load(fs, layout)
@@ -204,7 +208,7 @@ class PointReader:
 
     def _connect(self, links: tuple[Link, ...]) -> ChainReader:
         """Open what lies between the point and the head. What was open before stays open until `close`."""
-        layers = [self._open_layer(link) for link in links]
+        layers = [self._files.layer(link) for link in links]
         self._top = links[-1].base if links else self.state
         self._open_images()
         return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
@@ -225,16 +229,34 @@ class PointReader:
     def disks(self) -> tuple[Disk, ...]:
         return tuple(entry.disk for entry in self.state.disks)
 
-    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
+    @property
+    def depth(self) -> int:
+        """How many inverses lie between the point and the head, as far as this reader has seen."""
+        return self._chain.depth
+
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, lost_as_zeros: bool = False) -> None:
         """Fill `buffer` from the disk as it was at this point. Thread-safe.
 
-        Raises DamageError (an inverse is damaged), StorageError, ValueError (outside the disk).
+        Raises LostError (a range of it is lost, and not asked for as zeros), DamageError (an inverse is damaged),
+        StorageError, ValueError (outside the disk).
         """
         while True:
             chain = self._chain
             try:
-                return chain.read_into(disk_id, offset, buffer)
-            except _MovedError:
+                return chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
+            except MovedError:
+                self._connect_again(chain)
+
+    def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
+        """Half-open ranges of the disk's bytes that nobody has any more at this point, ascending. Thread-safe."""
+        entry = self.state.disk(disk_id)
+        if entry is None:
+            raise ValueError(f"state {self.state.delta_id} has no disk {disk_id}")
+        while True:
+            chain = self._chain
+            try:
+                return list(chain.lost(disk_id, 0, entry.disk.size_bytes))
+            except MovedError:
                 self._connect_again(chain)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -245,7 +267,7 @@ class PointReader:
                 try:
                     ranges = list(chain.allocated(disk_id, begin, min(begin + ALLOCATED_BYTES, stop)))
                     break
-                except _MovedError:
+                except MovedError:
                     self._connect_again(chain)
             yield from ranges
 
@@ -253,19 +275,19 @@ class PointReader:
         with self._mutex:
             if self._chain is not seen:
                 return
+            self._index = PointIndex(self._fs, self._layout, self._keyring)  # a name may belong to another file by now
             chain = self._index.chain()
             _refuse_torn(chain, self._layout)
             found = chain.to(self.state.point)
             if found is None or found[0] != self.state:
                 raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
+            self._close_document()
+            self._settled = None
             self._chain = self._connect(found[1])
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
         return image.allocated(start, stop) if image is not None else iter(())
-
-    def _open_layer(self, link: Link) -> DeltaFileReader:
-        return self._resources.enter_context(DeltaFileReader(self._fs.open(link.path), self._keyring))
 
     def _open_images(self) -> None:
         """The head's disks as they were when the layers were opened; later changes of size come as layers."""
@@ -296,14 +318,32 @@ class PointReader:
                 length=last - first,
             )
 
-    def _newer(self) -> list[DeltaFileReader]:
-        """Layers for what was applied since the last look, nearest the point first."""
+    def _newer(self) -> list[InverseLayer]:
+        """Layers for what was applied since the last look, nearest the point first.
+
+        A commit replaces the state document before its inverse gets a name, and both before it changes the head. So
+        while that document is the very file that the last look was made with, there is nothing newer.
+        """
         with self._mutex:
-            chain = self._index.chain()
-            _refuse_torn(chain, self._layout)
-            links = chain.since(self._top)
-            if links is None:
-                raise _MovedError
-            layers = [self._open_layer(link) for link in links]
-            self._top = chain.top
+            if self._settled is not None and self._settled.has_name():
+                return []
+            document = self._fs.open(self._layout.state) if self._fs.exists(self._layout.state) else None
+            try:
+                chain = self._index.chain()
+                _refuse_torn(chain, self._layout)
+                links = chain.since(self._top)
+                if links is None:
+                    raise MovedError
+                layers = [self._files.layer(link) for link in links]
+                self._top = chain.top
+                between = chain.state.applying is not None and chain.undoing is None
+                if document is not None and document.has_name() and not between:
+                    document, self._settled = self._settled, document
+            finally:
+                if document is not None:
+                    document.close()
             return layers
+
+    def _close_document(self) -> None:
+        if self._settled is not None:
+            self._settled.close()
