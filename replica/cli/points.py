@@ -63,6 +63,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "bytes": p.stored_bytes,
                     "roots": p.state.roots,
                     "restorable": p.restorable,
+                    "lost": [{"disk": r.disk, "offset": r.offset, "length": r.length} for r in p.lost],
                     "committed_at": rfc3339(p.committed.wall_ns) if p.committed.wall_ns else None,
                     "kept": why.get(p.state.delta_id, ""),
                     "locked_until": rfc3339(locks[p.state.delta_id]) if p.state.delta_id in locks else None,
@@ -71,6 +72,13 @@ def points(machine: str, config: Path, as_json: bool) -> None:
             ]
         )
         return
+    for p in listed:
+        for lost in p.lost[:8]:
+            click.echo(
+                f"replica: point {p.state.point}: {lost.length} bytes at {lost.offset} of disk {lost.disk!r} are lost; "
+                "`replica restore --allow-lost` restores the rest",
+                err=True,
+            )
     if not listed:
         click.echo(f"{machine} has no point yet")
         return

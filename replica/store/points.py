@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
@@ -42,16 +43,30 @@ class Link:
     stored_bytes: int
     committed: Stamp = NEVER
     """When `result` had been committed here."""
+    lost: bool = False
+    """There is something in it that nobody has any more."""
+
+
+class LostRange(NamedTuple):
+    """A range of a disk, in bytes, that is lost at a point."""
+
+    disk: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
 class PointInfo:
-    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head."""
+    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
+
+    `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
+    """
 
     state: State
     stored_bytes: int
     restorable: bool
     committed: Stamp = NEVER
+    lost: tuple[LostRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +159,9 @@ class PointIndex:
         path = self._layout.points / name
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
-                self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes, reader.committed)
+                self._known[name] = Link(
+                    path, reader.base, reader.result, reader.stored_bytes, reader.committed, reader.marks_lost
+                )
         except KeyMissingError:
             raise
         except DamageError:

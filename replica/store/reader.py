@@ -20,6 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -36,11 +37,14 @@ from replica.store.damage import Marks, reading_damage
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
-from replica.store.points import Chain, Link, PointIndex, PointInfo
+from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.verify import DiskVerdict, verify_head
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+MAX_LOST_RANGES = 64
+"""How many lost ranges of a point are listed."""
 
 
 class ReplicaReader:
@@ -88,6 +92,8 @@ class ReplicaReader:
         if head.is_point:
             usable = self._head_usable(chain) and head.delta_id not in damaged
             infos.append(PointInfo(head, self._head_bytes(head), usable, chain.state.committed))
+        if any(link.lost for link in chain.links):
+            infos = [self._with_lost(info, chain) for info in infos]
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -95,6 +101,22 @@ class ReplicaReader:
                     known.add(state.delta_id)
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
         return sorted(infos, key=lambda info: info.state.point)
+
+    def _with_lost(self, info: PointInfo, chain: Chain) -> PointInfo:
+        """The point with what of it is lost, where an inverse on the way to it has lost extents."""
+        found = chain.to(info.state.point)
+        if found is None or not any(link.lost for link in found[1]):
+            return info
+        ranges: list[LostRange] = []
+        try:
+            with self.open_point(info.state.point) as point:
+                for disk in point.disks:
+                    ranges += [LostRange(disk.name, a, b - a) for a, b in point.lost(disk.id)]
+        except PointGoneError:  # rotated out just now
+            return info
+        except DamageError:
+            return replace(info, restorable=False)
+        return replace(info, restorable=info.restorable and not ranges, lost=tuple(ranges[:MAX_LOST_RANGES]))
 
     @property
     def marks(self) -> Marks:
