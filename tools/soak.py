@@ -401,7 +401,7 @@ def _verifies(store: str, _scratch: str) -> None:
 
 
 def main() -> None:
-    children = {"_commits": _commits, "_restores": _restores, "_verifies": _verifies}
+    children: dict[str, Callable[..., None]] = {"_commits": _commits, "_restores": _restores, "_verifies": _verifies}
     if len(sys.argv) > 1 and sys.argv[1] in children:
         children[sys.argv[1]](*sys.argv[2:])
         return
