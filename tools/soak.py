@@ -54,15 +54,28 @@ from replica.transport.wire import ReplicaInfo
 MACHINE = "web-1"
 DISKS = {"os": 24 << 20, "data": 8 << 20}
 KEEP_LAST = 5
-"""What `RETENTION` promises whatever else it does: the last so many points."""
+RETENTION = f"[retention]\nkeep_last = {KEEP_LAST}\n"
+"""The receiver's policy. The checks rely on nothing of it but that the last `KEEP_LAST` points stay."""
 EVERY = "1s"
 CHECK_EVERY = 10
+TIDY_SECONDS = 10.0
+"""How long the receiver may go on tidying up after it has acknowledged."""
 PATIENCE_SECONDS = 90.0
 _REPORTED = re.compile(r"machine '[^']+': point (\d+) of (\S+?),")
 
 
 class SoakError(AssertionError):
     """Something was lost, is wrong, or was left behind."""
+
+
+class SoakLab(Lab):
+    """A lab whose receiver rotates by `RETENTION`."""
+
+    @property
+    def receiver(self) -> Path:
+        path = super().receiver
+        path.write_text(path.read_text().partition("[retention]")[0] + RETENTION)
+        return path
 
 
 class Soak:
@@ -74,7 +87,6 @@ class Soak:
         self.acknowledged: dict[int, str] = {}
         self.restored = 0
         self._outputs = 0
-        lab.keep_last = KEEP_LAST
         lab.machine(MACHINE, writer.images, freeze=writer.freeze, thaw=writer.thaw, every=EVERY)
 
     @property
@@ -134,16 +146,21 @@ class Soak:
         self.restored += 1
 
     def check_nothing_left(self) -> None:
-        """After a sync that succeeded, with nothing at work."""
+        """After a sync that succeeded, with no sender at work."""
+        deadline = time.monotonic() + TIDY_SECONDS
+        while left := self._left():
+            if time.monotonic() > deadline:
+                raise SoakError(f"left behind: {left}")
+            time.sleep(0.05)
+
+    def _left(self) -> list[Path]:
         (store,) = self.lab.replica_directories()
-        links = len(list((store / "points").iterdir()))
-        listed = len(self.reader.points())
-        left = [path for root in (store, self.lab.root / "state") for path in root.rglob(".*")]
-        left += list((store / "incoming").iterdir())
-        left += [self.lab.root / "state" / MACHINE / name for name in ("pending", "folding", "frozen")]
-        left = [path for path in left if path.exists()]
-        if left or links > listed:
-            raise SoakError(f"left behind: {left}; {links} inverses for {listed} points")
+        state = self.lab.root / "state" / MACHINE
+        left = [path for root in (store, state) for path in root.rglob(".*")]
+        left += (store / "incoming").iterdir()
+        left += [path for name in ("pending", "folding", "frozen") if (path := state / name).exists()]
+        links = list((store / "points").iterdir())
+        return left if len(links) <= len(self.reader.points()) else left + links
 
 
 class Sender:
@@ -240,15 +257,26 @@ def end(sender: Sender) -> None:
 
 
 def wait_for_a_moment(soak: Soak, sender: Sender) -> None:
-    """Any moment, or (half of the time) one soon after a delta began to arrive."""
+    """Any moment of three seconds, or one soon after a delta began to arrive, or after its inverse got its name.
+
+    Half of the time a point may be committed, and others rotated out, before.
+    """
+    if soak.random.random() < 0.5:
+        head, deadline = soak.reader.head, time.monotonic() + 10.0
+        while soak.reader.head == head and sender.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
     (store,) = soak.lab.replica_directories()
-    until = time.monotonic() + soak.random.uniform(0.0, 3.0)
-    at_arrival = soak.random.random() < 0.5
-    while time.monotonic() < until or (at_arrival and time.monotonic() < until + 5):
-        if at_arrival and any((store / "incoming").iterdir()):
-            time.sleep(soak.random.uniform(0.0, 0.15))
+    moment, started = soak.random.choice(("any", "arriving", "applying")), time.monotonic()
+    seconds = soak.random.uniform(0.0, 3.0) if moment == "any" else 10.0
+    before = set((store / "points").iterdir())
+    while time.monotonic() < started + seconds and sender.process.poll() is None:
+        if moment == "arriving" and any((store / "incoming").iterdir()):
+            time.sleep(soak.random.uniform(0.0, 0.3))
             return
-        time.sleep(0.002)
+        if moment == "applying" and any(p.name[0] != "." for p in set((store / "points").iterdir()) - before):
+            time.sleep(soak.random.uniform(0.0, 0.05))
+            return
+        time.sleep(0.001)
 
 
 # --- readers ---
@@ -264,7 +292,7 @@ def readers(soak: Soak, seconds: float, restore_to: Path | None = None) -> dict[
     soak.sync()
     quiet: list[float] = []
     with committing(soak, quiet):
-        time.sleep(max(3.0, seconds / 10))
+        time.sleep(max(3.0, seconds / 5))
     busy: list[float] = []
     with committing(soak, busy), reading(soak, restore_to or lab.root) as done:
         time.sleep(seconds)
@@ -303,7 +331,10 @@ def committing(soak: Soak, times: list[float]) -> Iterator[None]:
 def reading(soak: Soak, scratch: Path) -> Iterator[dict[str, int]]:
     """One process restores every point in a loop, one verifies; counts, complete when the block has ended."""
     (store,) = soak.lab.replica_directories()
-    processes = {what: _child(soak, what, str(store), str(scratch)) for what in ("restores", "verifies")}
+    processes = {
+        "restores": _child(soak, "restores", str(store), str(scratch)),
+        "verifies": _child(soak, "verifies", str(soak.lab.receiver)),
+    }
     done: dict[str, int] = {}
     try:
         yield done
@@ -388,13 +419,15 @@ def _restores(store: str, scratch: str) -> None:
                 _print(frozen_at_ns=info.state.frozen_at_ns, digests=found)
 
 
-def _verifies(store: str, _scratch: str) -> None:
-    fs, stop = FileSystem(), _until_told()
+def _verifies(receiver: str) -> None:
+    """The command, so that it is as considerate of the writer as an operator's is."""
+    stop = _until_told()
     while not stop.is_set():
-        verdicts = ReplicaReader(fs, Path(store)).verify()
-        if any(verdict.mismatches for verdict in verdicts):
-            raise SoakError(f"verify found damage: {verdicts}")
-        _print(disks=len(verdicts))
+        command = [sys.executable, "-m", "replica", "verify", MACHINE, "--json", "-c", receiver]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+        if done.returncode:
+            raise SoakError(f"verify ended with {done.returncode}: {done.stdout}{done.stderr}")
+        _print(ok=json.loads(done.stdout)["ok"])
 
 
 # --- the program ---
@@ -420,7 +453,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="replica-soak-", dir=options.dir) as directory,
         Writer(Path(directory), DISKS, options.seed) as writer,
-        Lab(Path(directory)) as lab,
+        SoakLab(Path(directory)) as lab,
     ):
         soak = Soak(lab, writer, options.seed, say)
         if options.what == "kills":
