@@ -114,11 +114,21 @@ class Committer:
                 self._set_state(self.state.head)
             else:
                 self._finish_or_undo(applying)
-        for name in self._fs.list_names(self._layout.points):
-            if name.startswith("."):
-                self._fs.unlink(self._layout.points / name)
+        self._remove_temporary()
         if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
             self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
+
+    def _remove_temporary(self) -> None:
+        """What a process that was killed had not named yet. In the root only what nobody but the writer writes."""
+        of_writer = tuple(f".{path.name}." for path in (self._layout.state, self._layout.identity))
+        for directory, starts in (
+            (self._layout.points, "."),
+            (self._layout.head, "."),
+            (self._layout.root, of_writer),
+        ):
+            for name in self._fs.list_names(directory):
+                if name.startswith(starts):
+                    self._fs.unlink(directory / name)
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
