@@ -157,11 +157,23 @@ class Committer:
             else:
                 self._finish_or_undo(applying)
         make_missing(self._fs, self._layout, self.state.head, self._head_format)
-        for name in self._fs.list_names(self._layout.points):
-            if name.startswith("."):
-                self._fs.unlink(self._layout.points / name)
+        self._remove_temporary()
         if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
             self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
+
+    def _remove_temporary(self) -> None:
+        """What a process that was killed had not named yet. In the root only what nobody but the writer writes."""
+        layout = self._layout
+        documents = (layout.state, layout.state_copy, layout.identity, layout.identity_copy)
+        of_writer = tuple(f".{path.name}." for path in documents)
+        for directory, starts in (
+            (self._layout.points, "."),
+            (self._layout.head, "."),
+            (self._layout.root, of_writer),
+        ):
+            for name in self._fs.list_names(directory):
+                if name.startswith(starts):
+                    self._fs.unlink(directory / name)
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
