@@ -14,7 +14,18 @@ from replica.errors import UnknownMachineError
 from replica.model import DeltaId, Disk, DiskId, ReplicaId, State
 from replica.receiver.slot import Job, Slot
 from replica.receiver.stores import OpenPoint
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, Frame, PointSummary, ReplicaInfo, check_digest
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    Frame,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    TreeQuery,
+    check_digest,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -97,6 +108,12 @@ class Session:
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._slot(replica_id).discard(delta_id)
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._site.nodes(self.identity, replica_id, disk_id, query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._site.grains(self.identity, replica_id, disk_id, query)
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
         points = self._site.reader(self.identity, replica_id).points()

@@ -19,7 +19,7 @@ from replica.model import DeltaId, DiskId, Frozen, ReplicaId
 from replica.transport import wire
 from replica.transport.connection import ANSWER_SECONDS, Connection
 from replica.transport.tls import TlsFiles
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo
+from replica.transport.wire import Adopt, Begin, Begun, Enrol, GrainQuery, PointSummary, ReplicaInfo, TreeQuery
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -87,6 +87,12 @@ class HttpReceiver:
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._connection.exchange("DELETE", _delta(replica_id, delta_id))
 
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/tree", query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/grains", query)
+
     # --- PointSource ---
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
@@ -115,6 +121,10 @@ class HttpReceiver:
         body = () if document is None else (wire.encode(document),)
         headers = {} if document is None else {"Content-Type": wire.DOCUMENT_TYPE}
         return wire.decode(self._connection.exchange(method, path, body, headers)[1], kind, f"the answer of {self.url}")
+
+    def _bytes(self, method: str, path: str, document: Frozen) -> bytes:
+        body = (wire.encode(document),)
+        return self._connection.exchange(method, path, body, {"Content-Type": wire.DOCUMENT_TYPE})[1]
 
 
 def _delta(replica_id: ReplicaId, delta_id: DeltaId) -> str:
