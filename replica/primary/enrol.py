@@ -78,7 +78,7 @@ def _take_ids(
 
 
 def enrol_machine(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver) -> ReplicaInfo:
-    """Make the replica at the receiver, or find it there, and ship nothing. Idempotent. Raises what `contact` raises."""
+    """Make the replica at the receiver, or find it there, and ship nothing. Idempotent. Raises what `contact` does."""
     directory = MachineDirectory(fs, spec.machine_directory(machine.name))
     with directory.locked(machine.name):
         measured = tuple(measure(fs, disk) for disk in machine.disks)

@@ -61,7 +61,7 @@ def resync(
     """Rebuild the trackers of `disks`, which `base` (the replica's head) has, from the images that are opened.
 
     Raises DamageError if the head's tree is damaged, BaseMismatchError if the head is another by now, and what the
-    images, the link and the state directory raise. Whatever it raises, the trackers are known to be nobody's.
+    images, the link and the state directory raise.
     """
     found: dict[DiskId, Rebuilt] = {}
     done = total = 0

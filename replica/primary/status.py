@@ -48,7 +48,7 @@ class LastError(Frozen, frozen=True):
 
 
 class Copying(Frozen, frozen=True):
-    """How far a copy in parts has come: bytes of the images that the replica has been compared with, of all there are."""
+    """How far a copy in parts has come: bytes of the images that were compared and shipped, of all they have."""
 
     done_bytes: int
     total_bytes: int

@@ -207,7 +207,7 @@ class _StillSnapshot:
 
 
 class Running:
-    """No instant at all: the images of a machine that goes on. What is read of them can be a part of a copy, no point."""
+    """No instant at all: images of a machine that goes on. What is read of them can be a part of a copy, no point."""
 
     consistency = Consistency.CRASH
 
