@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_KEEP_LAST = 24
 DEFAULT_FREEZE_LIMIT = "30s"
 
+MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 30
+
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -109,6 +111,7 @@ class SenderFile(msgspec.Struct, frozen=True):
     tls: TlsTable
     machine: tuple[MachineTable, ...]
     keys: Text = "keys/"
+    part: Text = "4GiB"
     parallel: Annotated[int, Meta(ge=1, le=16)] = 4
 
 
@@ -118,6 +121,14 @@ def parse_duration(text: str) -> float:
     if not parts or "".join(n + u for n, u in parts) != "".join(text.split()):
         raise ValueError(f"{text!r} is no duration; write a number and a unit, such as 30s, 5min or 1h")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `64MiB`, `4GiB`, `1.5TiB`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write a number and a unit, such as 64MiB or 4GiB")
+    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -222,6 +233,12 @@ def load_sender(path: Path) -> SenderSpec:
     _unique(source, "machine", [machine.name for machine in file.machine], ("machine",))
     if not file.machine:
         source.fail((), "no [[machine]] is declared", "add one with a name, `to` and a [[machine.disk]]")
+    try:
+        part_bytes = parse_size(file.part)
+    except ValueError as error:
+        source.fail(("part",), f"`part`: {error}")
+    if not MIN_PART_BYTES <= part_bytes <= MAX_PART_BYTES:
+        source.fail(("part",), f"`part` = {file.part!r} is out of range", "4MiB to 64GiB are allowed")
     return SenderSpec(
         name=file.name,
         state=_path(path, file.state),
@@ -229,6 +246,7 @@ def load_sender(path: Path) -> SenderSpec:
         tls=_tls(path, file.tls),
         machines=tuple(_machine(source, m, ("machine", n)) for n, m in enumerate(file.machine)),
         parallel=file.parallel,
+        part_bytes=part_bytes,
     )
 
 

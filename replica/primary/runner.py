@@ -61,14 +61,20 @@ def sync_machines(
     connect: Connect | None = None,
     progress: Callable[[str], Progress] = lambda _machine: silent,
     stop: threading.Event | None = None,
+    rebuild: bool = False,
 ) -> list[Outcome]:
-    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised."""
+    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised.
+
+    `rebuild`: compare with the replica first, also where nothing is wrong.
+    """
     chosen = spec.machines if machines is None else machines
     thaw_all(fs, spec, chosen)
     if not chosen:
         return []
     with ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool:
-        return list(pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop), chosen))
+        return list(
+            pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop, rebuild=rebuild), chosen)
+        )
 
 
 def one_cycle(
@@ -80,6 +86,8 @@ def one_cycle(
     stop: threading.Event | None = None,
     retry_seconds: float = RETRY_SECONDS,
     wait_limit_seconds: float = WAIT_LIMIT_SECONDS,
+    *,
+    rebuild: bool = False,
 ) -> Outcome:
     """`sync_machine` on a connection of its own, with what it raises as a value."""
     try:
@@ -91,6 +99,7 @@ def one_cycle(
                 machine,
                 receiver,
                 progress,
+                rebuild=rebuild,
                 retry_seconds=retry_seconds,
                 wait_limit_seconds=wait_limit_seconds,
                 stop=stop,

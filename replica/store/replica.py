@@ -38,6 +38,7 @@ from replica.errors import (
 from replica.model import DeltaId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store.commit import Committer
+from replica.store.head import remove_leftovers
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
 from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
 from replica.store.pins import try_unpin_all
@@ -113,6 +114,8 @@ class ReplicaStore:
         try:
             self._load()
             self._committer.recover()
+            if self.head.is_empty and not self._fs.list_names(self._layout.points):
+                remove_leftovers(self._fs, self._layout)
         except ReplicaError as error:
             self.stopped = error
         else:
