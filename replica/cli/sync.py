@@ -119,7 +119,7 @@ def entry_of(outcome: Outcome) -> dict[str, object]:
         "bytes_wire": result.bytes_wire,
         "seconds": round(result.seconds, 6),
         "roots": result.roots,
-        "mode": result.mode.value,
+        "mode": str(result.mode),
         "parts": result.parts,
         "bytes_differing": result.bytes_differing,
     }

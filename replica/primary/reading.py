@@ -133,9 +133,10 @@ class Reading:
                             first_window=extent.first.window if index == extent.first.disk else 0,
                             check=check_all,
                         )
-                        limit = extent.limit_bytes if stopped is None else None
-                        in_base = base.disk(tracker.disk.id) is not None
-                        if self._read_disk(scan, index, packer, limit, in_base=in_base):
+                        before = base.disk(tracker.disk.id)
+                        cut = before is not None and before.disk.size_bytes > tracker.disk.size_bytes
+                        limit = None if stopped is not None or cut else extent.limit_bytes  # a cut is at the end
+                        if self._read_disk(scan, index, packer, limit, in_base=before is not None):
                             stopped = Cursor(index, scan.next_window)
                         roots.append(scan.root)
                     packer.flush()
