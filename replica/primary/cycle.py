@@ -244,7 +244,9 @@ class _Cycle:
         series.tally.scanned = sum(one.bytes_read for one in found.values())
         limit = self.spec.part_bytes
         long = ship.base.is_empty or ship.base.partial or sum(one.bytes_differing for one in found.values()) > limit
-        candidates = {disk_id: one.windows for disk_id, one in found.items()} if still else {}
+        candidates = {
+            disk.id: found[disk.id].windows for disk in unknown if still and _comparable(disk, ship.base, found)
+        }
         point = series.run(
             lambda: next(instants),
             Extent(limit_bytes=limit, candidates=candidates),
@@ -310,3 +312,9 @@ class _Cycle:
             parts=series.tally.parts,
             bytes_differing=self.resynced,
         )
+
+
+def _comparable(disk: Disk, base: State, found: Mapping[DiskId, Rebuilt]) -> bool:
+    """Whether what a comparison found is all that may differ: of a disk that grew it says nothing of the rest."""
+    before = base.disk(disk.id)
+    return disk.id in found and before is not None and before.disk.size_bytes == disk.size_bytes

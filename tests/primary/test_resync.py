@@ -14,7 +14,16 @@ import pytest
 from primary_lab import Lab, MiB
 
 from replica import _native, documents
-from replica.errors import BaseMismatchError, BusyError, ConflictError, DamageError, RootMismatchError, SizeChangedError
+from replica.errors import (
+    BaseMismatchError,
+    BusyError,
+    ConflictError,
+    DamageError,
+    RootMismatchError,
+    SizeChangedError,
+    SourceBusyError,
+    TransportError,
+)
 from replica.model import DeltaId
 from replica.plan import Mode
 from replica.primary.enrol import enrol_machine
@@ -195,6 +204,47 @@ def test_answers_are_about_one_head_only(lab: Lab) -> None:
     (directory,) = replica_directories(lab.fs, lab.storage)
     with lab.fs.lock(Layout(directory).head_lock), pytest.raises(BusyError, match="being rewritten"):
         session.nodes(head.replica_id, disk.id, TreeQuery(head.delta_id, 0, [(0, 1)]))
+
+
+def test_a_source_that_is_written_while_it_is_compared_makes_no_point(lab: Lab) -> None:
+    """The stamps are older than the first read of the comparison, so what it found unchanged is part of the proof."""
+    lab.scribble("os", 0, 9 * MiB)
+    lab.sync()
+    lose_state(lab)
+    lab.scribble("os", 6 * MiB, 10)
+    link = lab.link()
+
+    def before(name: str, _arguments: Any) -> None:
+        if name == "grains":
+            lab.scribble("os", 100, 10)
+
+    link.before = before
+    with pytest.raises(SourceBusyError, match="was written"):
+        lab.sync(link)
+    assert "commit" not in link.calls and lab.head.point == 1
+    result = lab.sync()
+    assert (result.point, result.mode, result.bytes_changed) == (2, Mode.INCREMENTAL, 2 * 4096)
+    lab.assert_equal()
+
+
+@pytest.mark.parametrize("name", ["nodes", "grains"])
+def test_a_link_that_breaks_in_a_comparison_costs_another_read(lab: Lab, name: str) -> None:
+    lab.scribble("os", 0, 9 * MiB)
+    lab.sync()
+    lose_state(lab)
+    lab.scribble("os", 6 * MiB, 10)
+    link = lab.link()
+
+    def before(called: str, _arguments: Any) -> None:
+        if called == name:
+            raise TransportError("the connection broke")
+
+    link.before = before
+    with pytest.raises(TransportError):
+        lab.sync(link, retry_seconds=0)
+    result = lab.sync()
+    assert (result.point, result.mode, result.bytes_changed) == (2, Mode.RESYNC, 4096)
+    lab.assert_equal()
 
 
 # --- adopting what is there ---
