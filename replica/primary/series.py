@@ -1,11 +1,11 @@
 """Bringing a machine's replica to its next point: one delta, or a series of parts and then one delta.
 
 A delta that is cut has to be sent again, so a long copy goes in parts of
-`part_bytes` (4 GiB; a part ends behind the window that fills it). It is a delta
-like any other, applied on arrival, but its result is *partial*: no instant of
-the machine, no point, listed nowhere. The trackers describe the head after every part, so whatever ends the series, the
-next cycle goes on where it was; it reads again what is there, and sends nothing
-of it again.
+`part_bytes` (4 GiB; a part ends behind the window that fills it). A part is a
+delta like any other, applied on arrival, but its result is *partial*: no instant
+of the machine, no point, listed nowhere. The trackers describe the head after
+every part, so whatever ends the series, the next cycle goes on where it was; it
+reads again what is there, and sends nothing of it again.
 
     parts     from where the last one stopped to the end of the last disk, read from the machine as it runs
     then      one instant: what changed meanwhile, which is the point
