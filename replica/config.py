@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FREEZE_LIMIT = "30s"
 
+MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 30
+
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -141,6 +143,7 @@ class SenderFile(msgspec.Struct, frozen=True):
     tls: TlsTable
     machine: tuple[MachineTable, ...]
     keys: Text = "keys/"
+    part: Text = "4GiB"
     parallel: Annotated[int, Meta(ge=1, le=16)] = 4
 
 
@@ -153,11 +156,11 @@ def parse_duration(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `512MiB`, `10 GiB`, `1.5TiB`. Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB)\s*", text)
-    if not found:
-        raise ValueError(f"{text!r} is no size; write a number and MiB, GiB or TiB, such as 10GiB")
-    return int(float(found[1]) * (1 << {"MiB": 20, "GiB": 30, "TiB": 40}[found[2]]))
+    """Bytes in `64MiB`, `4GiB`, `1.5TiB`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write a number and a unit, such as 64MiB or 4GiB")
+    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))
 
 
 def parse_limit(text: str) -> Limit:
@@ -316,6 +319,12 @@ def load_sender(path: Path) -> SenderSpec:
     _unique(source, "machine", [machine.name for machine in file.machine], ("machine",))
     if not file.machine:
         source.fail((), "no [[machine]] is declared", "add one with a name, `to` and a [[machine.disk]]")
+    try:
+        part_bytes = parse_size(file.part)
+    except ValueError as error:
+        source.fail(("part",), f"`part`: {error}")
+    if not MIN_PART_BYTES <= part_bytes <= MAX_PART_BYTES:
+        source.fail(("part",), f"`part` = {file.part!r} is out of range", "4MiB to 64GiB are allowed")
     return SenderSpec(
         name=file.name,
         state=_path(path, file.state),
@@ -323,6 +332,7 @@ def load_sender(path: Path) -> SenderSpec:
         tls=_tls(path, file.tls),
         machines=tuple(_machine(source, m, ("machine", n)) for n, m in enumerate(file.machine)),
         parallel=file.parallel,
+        part_bytes=part_bytes,
     )
 
 

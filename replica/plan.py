@@ -97,7 +97,7 @@ class Mode(StrEnum):
 
     INITIAL = "initial"  # all that is not zero, onto nothing
     INCREMENTAL = "incremental"  # what differs from the stored digests
-    RESYNC = "resync"  # everything, onto a head that the trackers do not describe
+    RESYNC = "resync"  # what differs from a head that the trackers did not describe, found by comparing trees
 
 
 class Ship(Frozen, frozen=True):

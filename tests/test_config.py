@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_url
+from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_size, parse_url
 from replica.errors import ConfigError
 from replica.model import Consistency
 from replica.store import Policy
@@ -88,7 +88,7 @@ def test_the_documented_sender(tmp_path: Path) -> None:
 
 def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
     text = (
-        SENDER.replace('state = "state/"', 'state = "/var/lib/replica"\nkeys = "secret/"\nparallel = 2')
+        SENDER.replace('state = "state/"', 'state = "/var/lib/replica"\nkeys = "secret/"\nparallel = 2\npart = "64MiB"')
         .replace(
             'every = "30s"',
             'every = "1h30min"\nfreeze = ["fsfreeze", "-f", "/srv"]\nthaw = "fsfreeze -u /srv"\n'
@@ -98,6 +98,7 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
     )
     spec = load_sender(write(tmp_path, "sender.toml", text))
     assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)
+    assert spec.part_bytes == 64 << 20
     (machine,) = spec.machines
     assert machine.freeze == ["fsfreeze", "-f", "/srv"]
     assert machine.thaw == "fsfreeze -u /srv"
@@ -159,6 +160,8 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('every = "30s"', 'every = "30s"\nfreeze = ["a\\u0000"]\nthaw = "x"', 11, ["machine.freeze", "NUL"]),
         ('name = "os"', f'name = "{"d" * 129}"', 12, ["128 bytes"]),
         ('state = "state/"', 'state = "s"\nparallel = 17', 3, ["parallel"]),
+        ('state = "state/"', 'state = "s"\npart = "4GB"', 3, ["`part`", "64MiB"]),
+        ('state = "state/"', 'state = "s"\npart = "1MiB"', 3, ["out of range", "4MiB to 64GiB"]),
         ('name = "hv-1"\n', "", None, ["`name` is missing"]),
         ('state = "state/"', "state = [", 3, ["broken TOML"]),
         ("[[machine.disk]]", "[machine.disk]", 11, ["machine.disk", "[[machine.disk]]"]),
@@ -295,3 +298,11 @@ def test_a_file_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
 def test_addresses_that_are_good(host: str) -> None:
     assert parse_url(f"https://{host}:8443/") == f"https://{host}:8443"
     assert parse_listen(f"{host}:8443") == (host.strip("[]"), 8443)
+
+
+def test_sizes() -> None:
+    for text, size in (("4MiB", 4 << 20), ("1.5 GiB", 3 << 29), (" 4GiB ", 4 << 30), ("2TiB", 2 << 40), ("8KiB", 8192)):
+        assert parse_size(text) == size
+    for text in ("", "4", "4GB", "-1GiB", "GiB", "4 GiB 1MiB"):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_size(text)

@@ -21,6 +21,8 @@ KINDS = (
     wire.Adopt,
     wire.Begin,
     wire.Begun,
+    wire.TreeQuery,
+    wire.GrainQuery,
     wire.PointSummary,
     wire.Problem,
 )

@@ -54,7 +54,7 @@ from replica.transport.wire import ReplicaInfo
 MACHINE = "web-1"
 DISKS = {"os": 24 << 20, "data": 8 << 20}
 KEEP_LAST = 5
-RETENTION = f"[retention]\nkeep_last = {KEEP_LAST}\nhourly = 2\n"
+RETENTION = f"[retention]\nkeep_last = {KEEP_LAST}\nhourly = 2\nmax_points_per_hour = 100000\n"
 """The receiver's policy. The checks rely on nothing of it but that the last `KEEP_LAST` points stay."""
 EVERY = "1s"
 CHECK_EVERY = 10

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import click
 
 from replica import __version__
-from replica.cli import lock, pki, points, prune, restore, serve, status, sync, verify
+from replica.cli import adopt, enrol, lock, pki, points, prune, restore, resync, serve, status, sync, verify
 from replica.cli.output import complain
 from replica.errors import ReplicaError
 
@@ -56,6 +56,9 @@ for command in (
     serve.serve,
     sync.sync,
     sync.run,
+    resync.resync,
+    enrol.enrol,
+    adopt.adopt,
     status.status,
     points.points,
     restore.restore,

@@ -90,7 +90,7 @@ def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]
 
 def _replica(reader: ReplicaReader) -> dict[str, object]:
     identity, head, listed = reader.identity, reader.head, reader.points()
-    frozen_at = head.frozen_at_ns
+    frozen_at = listed[-1].state.frozen_at_ns if listed else None
     return {
         "machine": identity.machine,
         "owner": identity.owner,
@@ -98,13 +98,14 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
         "trust_group": identity.trust_group,
         "head_format": identity.head_format,
         "point": head.point,
-        "frozen_at": None if head.is_empty else rfc3339(frozen_at),
-        "behind_seconds": None if head.is_empty else round(max(0.0, time.time() - frozen_at / 1e9), 3),
+        "frozen_at": None if frozen_at is None else rfc3339(frozen_at),
+        "behind_seconds": None if frozen_at is None else round(max(0.0, time.time() - frozen_at / 1e9), 3),
         "points": len(listed),
         "bytes": sum(p.stored_bytes for p in listed),
         "restorable": all(p.restorable for p in listed) and not reader.damaged,
         "damaged": [str(path) for path in reader.damaged],
         "damaged_leaves": sum(d.stop - d.first for d in reader.marks.leaves),
+        "copying": head.partial,
         "applying": None if reader.applying is None else str(reader.applying),
         "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
         "roots": head.roots,
@@ -113,7 +114,8 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
 
 def _line(row: dict[str, object]) -> tuple[str, ...]:
     behind, stored = row["behind_seconds"], row["bytes"]
-    state = "applying" if row["applying"] else "ok" if row["restorable"] else "DAMAGED POINTS"
+    state = "applying" if row["applying"] else "copying" if row["copying"] else "ok"
+    state = state if row["restorable"] else "DAMAGED POINTS"
     if row["damaged_leaves"]:
         state = f"DAMAGED HEAD ({row['damaged_leaves']} leaves; the next sync repairs them)"
     return (
@@ -156,6 +158,8 @@ def _sender(config: Path, as_json: bool) -> None:
         ],
     )
     for s in statuses:
+        if s.copying is not None:
+            click.echo(f"{s.machine}: copying, {size(s.copying.done_bytes)} of {size(s.copying.total_bytes)}")
         if s.last_error is not None:
             hint = f"; {s.last_error.hint}" if s.last_error.hint else ""
             click.echo(f"{s.machine}, {rfc3339(s.last_error.at_ns)}: {s.last_error.message}{hint}")
@@ -171,6 +175,9 @@ def _machine(status: MachineStatus) -> dict[str, object]:
         "point": status.point,
         "frozen_at": None if status.frozen_at_ns is None else rfc3339(status.frozen_at_ns),
         "behind_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
+        "copying": None
+        if status.copying is None
+        else {"bytes_done": status.copying.done_bytes, "bytes_total": status.copying.total_bytes},
         "last_error": None
         if error is None
         else {"code": error.code, "message": error.message, "hint": error.hint, "at": rfc3339(error.at_ns)},

@@ -22,10 +22,11 @@ import msgspec
 from replica.delta import DataKey, Keyring
 from replica.durable import FileSystem
 from replica.errors import BusyError, ConflictError, KeyMissingError
+from replica.images import open as opened
 from replica.model import Disk, DiskId, Epoch, ReplicaId, State, random_id
 from replica.plan import check_epoch
 from replica.primary.record import MachineDirectory, MachineRecord, Stage
-from replica.primary.spec import MachineSpec, SenderSpec
+from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.transport.api import Receiver
 from replica.transport.wire import Adopt, Enrol, ReplicaInfo
 
@@ -60,7 +61,34 @@ def contact(
         record, info = adopt(directory, receiver, record)
     else:
         info = look(receiver, record)
+    if record.head is None and not info.head.is_empty:
+        record = _take_ids(directory, record, images, info.head)
     return record, key, info
+
+
+def _take_ids(
+    directory: MachineDirectory, record: MachineRecord, images: tuple[Disk, ...], head: State
+) -> MachineRecord:
+    """Nothing was committed from here, and the replica has a head: existing images that became it at the receiver.
+
+    Its disks are this machine's by their names; what does not fit is refused by the plan.
+    """
+    disks = _with_ids(images, head)
+    return record if record.disks == disks else directory.save(msgspec.structs.replace(record, disks=disks))
+
+
+def enrol_machine(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver) -> ReplicaInfo:
+    """Make the replica at the receiver, or find it there, and ship nothing. Idempotent. Raises what `contact` does."""
+    directory = MachineDirectory(fs, spec.machine_directory(machine.name))
+    with directory.locked(machine.name):
+        measured = tuple(measure(fs, disk) for disk in machine.disks)
+        return contact(fs, spec, machine, directory, receiver, measured)[2]
+
+
+def measure(fs: FileSystem, disk: DiskSpec) -> Disk:
+    """The disk as its image is now; its id is not known here."""
+    with opened(disk.image, disk.format, fs=fs) as image:
+        return Disk(UNKNOWN_DISK_ID, disk.name, image.size_bytes, image.sector_bytes)
 
 
 def become_another(directory: MachineDirectory, record: MachineRecord) -> MachineRecord:

@@ -54,7 +54,8 @@ class MachineRecord(Frozen, frozen=True):
     `epoch.holder` is random and names this state directory (while ADOPTING
     `epoch` still is the former writer's, and `holder` says who will be).
     `head` is the newest state known to be committed, `trusted` whether the
-    trackers describe it.
+    trackers describe it. While `head` is a part of a copy, `point_frozen_at_ns`
+    is the freeze time of the point before it, if there is one and it is known.
     """
 
     machine: str
@@ -66,6 +67,14 @@ class MachineRecord(Frozen, frozen=True):
     disks: tuple[Disk, ...]
     head: State | None = None
     trusted: bool = True
+    point_frozen_at_ns: int | None = None
+
+    @property
+    def newest_frozen_at_ns(self) -> int | None:
+        """When the newest point that is known to be committed was frozen; None: there is none, or it is not known."""
+        if self.head is not None and self.head.is_point:
+            return self.head.frozen_at_ns
+        return self.point_frozen_at_ns
 
 
 class MachineDirectory:
@@ -148,7 +157,8 @@ class MachineDirectory:
         try:
             with Journal(self._fs, path) as journal:
                 result = journal.summary.result
-                record = msgspec.structs.replace(record, head=result, trusted=True)
+                frozen_at_ns = record.newest_frozen_at_ns if result.partial else None
+                record = msgspec.structs.replace(record, head=result, trusted=True, point_frozen_at_ns=frozen_at_ns)
                 journal.accept()
                 path = journal.path
                 fold(self._fs, self.path, journal)

@@ -59,8 +59,12 @@ def sync_machines(
     connect: Connect | None = None,
     progress: Callable[[str], Progress] = lambda _machine: silent,
     stop: threading.Event | None = None,
+    rebuild: bool = False,
 ) -> list[Outcome]:
-    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised."""
+    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised.
+
+    `rebuild`: compare with the replica first, also where nothing is wrong.
+    """
     chosen = spec.machines if machines is None else machines
     thaw_all(fs, spec, chosen)
     if not chosen:
@@ -69,7 +73,11 @@ def sync_machines(
         Connections(spec.tls, connect) as connections,
         ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool,
     ):
-        return list(pool.map(lambda m: one_cycle(fs, spec, m, connections, progress(m.name), stop), chosen))
+
+        def cycle(machine: MachineSpec) -> Outcome:
+            return one_cycle(fs, spec, machine, connections, progress(machine.name), stop, rebuild=rebuild)
+
+        return list(pool.map(cycle, chosen))
 
 
 def one_cycle(
@@ -81,6 +89,8 @@ def one_cycle(
     stop: threading.Event | None = None,
     retry_seconds: float = RETRY_SECONDS,
     wait_limit_seconds: float = WAIT_LIMIT_SECONDS,
+    *,
+    rebuild: bool = False,
 ) -> Outcome:
     """`sync_machine` on a connection for itself, with what it raises as a value."""
     if stop is not None and stop.is_set():
@@ -93,6 +103,7 @@ def one_cycle(
                 machine,
                 receiver,
                 progress,
+                rebuild=rebuild,
                 retry_seconds=retry_seconds,
                 wait_limit_seconds=wait_limit_seconds,
                 stop=stop,

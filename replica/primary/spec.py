@@ -16,6 +16,8 @@ from replica.transport.tls import TlsFiles
 DEFAULT_EVERY_SECONDS = 300.0
 DEFAULT_FREEZE_LIMIT_SECONDS = 30.0
 DEFAULT_PARALLEL = 4
+PART_BYTES = 4 << 30
+"""How much a delta holds at most, raw, while a long copy goes on: what a cut costs."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class SenderSpec:
     tls: TlsFiles
     machines: tuple[MachineSpec, ...] = field(default=())
     parallel: int = DEFAULT_PARALLEL
+    part_bytes: int = PART_BYTES
 
     def machine_directory(self, machine: str) -> Path:
         """Where that machine's state lives; its key is elsewhere, in `keys`."""

@@ -66,6 +66,8 @@ class HttpApi:
         app.router.add_get(f"{replica}/points/{{point}}/disks/{{disk}}", self._disk, allow_head=False)
         app.router.add_get(f"{replica}/disks/{{disk}}/tree", self._tree, allow_head=False)
         app.router.add_put(f"{replica}/disks/{{disk}}/leaves/{{number}}", self._leaves)
+        app.router.add_post(f"{replica}/disks/{{disk}}/tree", self._nodes)
+        app.router.add_post(f"{replica}/disks/{{disk}}/grains", self._grains)
         app.on_response_prepare.append(_plain_server_name)
         return app
 
@@ -142,7 +144,19 @@ class HttpApi:
         level, first, count = (_number(request.query.get(name, ""), name) for name in ("level", "first", "count"))
         arguments = (_replica_id(request), disk_id, level, first, count)
         digests = await self._call.on(arguments[0], self._session(request).tree, *arguments)
-        return web.Response(body=digests, content_type="application/octet-stream")
+        return _octets(digests)
+
+    async def _nodes(self, request: web.Request) -> web.Response:
+        disk_id = DiskId(_uuid(request, "disk"))
+        session, replica_id = await self._admitted(request)
+        query = await _read_document(request, wire.TreeQuery)
+        return _octets(await self._call.on(replica_id, session.nodes, replica_id, disk_id, query))
+
+    async def _grains(self, request: web.Request) -> web.Response:
+        disk_id = DiskId(_uuid(request, "disk"))
+        session, replica_id = await self._admitted(request)
+        query = await _read_document(request, wire.GrainQuery)
+        return _octets(await self._call.on(replica_id, session.grains, replica_id, disk_id, query))
 
     async def _leaves(self, request: web.Request) -> web.Response:
         disk_id, first = DiskId(_uuid(request, "disk")), _number(request.match_info["number"], "leaf")
@@ -271,6 +285,10 @@ def _number(text: str, what: str) -> int:
 
 def _document(value: Frozen | list[wire.ReplicaInfo] | list[wire.PointSummary]) -> web.Response:
     return web.Response(body=wire.encode(value), content_type=wire.DOCUMENT_TYPE)
+
+
+def _octets(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/octet-stream")
 
 
 def _problem(error: ReplicaError, status: int | None = None) -> web.Response:

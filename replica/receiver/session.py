@@ -20,9 +20,11 @@ from replica.transport.wire import (
     Begun,
     Enrol,
     Frame,
+    GrainQuery,
     PointSummary,
     ReplicaInfo,
     StillDamaged,
+    TreeQuery,
     check_digest,
 )
 
@@ -118,6 +120,12 @@ class Session:
     def repair_leaves(self, replica_id: ReplicaId, disk_id: DiskId, epoch: Epoch, frame: Frame) -> StillDamaged:
         """Leaves whose digest was checked."""
         return StillDamaged(self._slot(replica_id).repair(disk_id, frame.number, epoch, frame.blob))
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._site.nodes(self.identity, replica_id, disk_id, query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._site.grains(self.identity, replica_id, disk_id, query)
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
         points = self._site.reader(self.identity, replica_id).points()

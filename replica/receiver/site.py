@@ -41,7 +41,7 @@ from replica.receiver.upkeep import Housekeeper
 from replica.store import Identity
 from replica.store.retention import FLOODABLE
 from replica.store.space import Space
-from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
+from replica.transport.wire import MAX_GRAIN_BYTES, MAX_TREE_NODES, Enrol, GrainQuery, ReplicaInfo, TreeQuery
 
 __all__ = ["AllowSpec", "Session", "Site", "SiteSpec", "StorageSpec"]
 
@@ -249,6 +249,14 @@ class Site:
             raise ProtocolError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
         disk = find_disk(self._stores.reader(slot.directory).head, str(disk_id))
         return self._stores.tree(slot.directory, disk, level, first, count)
+
+    def nodes(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        slot = self.slot(identity, replica_id)
+        return self._stores.nodes(slot.directory, query.base, disk_id, query.level, query.ranges)
+
+    def grains(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        slot = self.slot(identity, replica_id)
+        return self._stores.grains(slot.directory, query.base, disk_id, query.secret, query.ranges, MAX_GRAIN_BYTES)
 
 
 def _has_key(slot: Slot, key: DataKey) -> bool:

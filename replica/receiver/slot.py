@@ -313,9 +313,10 @@ class Slot:
                 state = store.commit(job.delta_id, reserve_bytes=self._upkeep.space().min_bytes)
             if not already:
                 log.info(
-                    "replica %s (%s): committed point %d of %s",
+                    "replica %s (%s): committed %s %d of %s",
                     self.replica_id,
                     store.identity.machine,
+                    "a part of a copy after point" if state.partial else "point",
                     state.point,
                     rfc3339(state.frozen_at_ns),
                 )

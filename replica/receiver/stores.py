@@ -17,6 +17,7 @@ from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
 from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, Epoch, State
 from replica.store import Identity, PointInfo, Policy, ReplicaReader, ReplicaStore, Rotated, replica_directories
+from replica.store.compare import Ranges, StillHead
 from replica.store.layout import Layout
 from replica.store.space import Space, SpaceLimits, judge
 
@@ -104,6 +105,14 @@ class Stores(Protocol):
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         """Digests of the head's Merkle tree, 32 bytes each."""
 
+    def nodes(self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: Ranges) -> bytes:
+        """The same by ranges, of the head that `base` made and no other."""
+
+    def grains(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, secret: bytes, ranges: Ranges, limit_bytes: int
+    ) -> bytes:
+        """Keyed digests of the grains of ranges of leaves of that head, and whether each leaf is whole."""
+
 
 class FileStores:
     """Replicas in directories of a file system. Thread-safe."""
@@ -140,3 +149,13 @@ class FileStores:
                 return MerkleTree(FileNodes(file), disk.leaf_bytes).level(level, first, count).tobytes()
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
+
+    def nodes(self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: Ranges) -> bytes:
+        with StillHead(self._fs, Layout(directory), base) as head:
+            return head.nodes(disk_id, level, ranges)
+
+    def grains(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, secret: bytes, ranges: Ranges, limit_bytes: int
+    ) -> bytes:
+        with StillHead(self._fs, Layout(directory), base) as head:
+            return head.grains(disk_id, secret, ranges, limit_bytes)

@@ -4,6 +4,7 @@
 from any process at any time. `commit` is the protocol that both rely on.
 """
 
+from replica.store.adopt import adopt_images
 from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
 from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
@@ -25,6 +26,7 @@ __all__ = [
     "ReplicaStore",
     "Rotated",
     "StoreState",
+    "adopt_images",
     "replica_directories",
     "restore_point",
     "verify_head",

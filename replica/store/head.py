@@ -178,3 +178,10 @@ class FileHead:
             image.sync()
             self._trees[disk_id][0].sync()
         self._fs.sync_directory(self._layout.head)
+
+
+def remove_leftovers(fs: FileSystem, layout: Layout) -> None:
+    """Clear the head of a replica that is empty, has no point and applies nothing: an adoption was cut there."""
+    fs.set_links(layout.head, {})
+    for name in fs.list_names(layout.head):
+        fs.unlink(layout.head / name)

@@ -43,7 +43,7 @@ from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.commit import Committer
-from replica.store.head import FileHead
+from replica.store.head import FileHead, remove_leftovers
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
 from replica.store.layout import (
     Identity,
@@ -141,6 +141,8 @@ class ReplicaStore:
             self._load()
             self._committer.recover()
             self._marks.ensure()
+            if self.head.is_empty and not self._fs.list_names(self._layout.points):
+                remove_leftovers(self._fs, self._layout)
         except ReplicaError as error:
             self.stopped = error
         else:

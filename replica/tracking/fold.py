@@ -39,14 +39,14 @@ def fold(fs: FileSystem, machine_directory: Path, journal: Journal) -> None:
     for index, state in enumerate(summary.result.disks):
         base = None if summary.fresh[index] else summary.base
         directory = disk_directory(machine_directory, state.disk)
-        with _Target(fs, directory, state, base, summary.result.delta_id) as target:
+        with Target(fs, directory, state, base, summary.result.delta_id) as target:
             while record is not None and record.disk == index:
                 target.put(record)
                 record = next(records, None)
-            target.finish()
+            target.finish(state.root)
 
 
-class _Target:
+class Target:
     """The trackers of one disk, being changed from `base` (None: from nothing) to `result`."""
 
     def __init__(
@@ -108,11 +108,11 @@ class _Target:
             self._digests.zero(offset, digests.nbytes)
         self._hashes.write(window, digests)
 
-    def finish(self) -> None:
-        """Complete the tree, compare its root, and make everything durable."""
+    def finish(self, expected: bytes) -> None:
+        """Complete the tree, compare its root with `expected`, and make everything durable."""
         disk = self._state.disk
         root = self._update.root(disk.size_bytes)
-        if root != self._state.root:
+        if root != expected:
             raise DamageError(
                 f"the Merkle tree of disk {disk.name!r} in {self._directory} is damaged",
                 hint="the next sync reads the disk anew",
@@ -123,7 +123,7 @@ class _Target:
         write_id(self._digests, disk, self._result)
         self._digests.sync()
 
-    def __enter__(self) -> _Target:
+    def __enter__(self) -> Target:
         return self
 
     def __exit__(self, *_: object) -> None:

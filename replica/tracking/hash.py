@@ -44,9 +44,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,11 +58,8 @@ from replica.images import Image
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree
 from replica.model import DIGEST_BYTES, Disk, State
 from replica.tracking.digests import WindowHashes, count_windows, read_id
-from replica.tracking.journal import WINDOW_BYTES, JournalRecord, JournalWriter, grains_per_window
+from replica.tracking.journal import WINDOW_BYTES, JournalRecord, grains_per_window
 from replica.tracking.spans import Span, common_spans, merge_spans, spans_of_image, spans_of_runs
-
-if TYPE_CHECKING:
-    from replica.bitmap import DirtyBitmap
 
 SECRET_BYTES = 192
 READ_AHEAD_WINDOWS = 2
@@ -79,6 +76,20 @@ class Window(NamedTuple):
     buffer: Bytes  # whole grains: bytes past the disk's end are zero
     dirty: Bytes | None  # u8 per grain; None in a fresh scan: nothing is known of any
     zero: Bytes  # u8 per grain
+
+
+class Candidates(Protocol):
+    """The grains that may have changed, where something better than hashing knows: a `DirtyBitmap`, for one."""
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(first grain, count), ascending, disjoint."""
+
+
+class Records(Protocol):
+    """Where the new digests and leaves go: a `JournalWriter`, or the trackers themselves when they are rebuilt."""
+
+    def add(self, record: JournalRecord) -> None:
+        """One window's; windows ascend."""
 
 
 class Gap(NamedTuple):
@@ -102,7 +113,7 @@ class HashTracker:
         self._fs = fs
         self.directory = disk_directory(machine_directory, disk)
         fs.make_directory(self.directory, private=True)
-        self._secret = self._load_secret()
+        self.secret = self._load_secret()
         self.known = self._fits()
         """What is stored says that it is `base` (whether it can be trusted is not known here)."""
 
@@ -131,22 +142,24 @@ class HashTracker:
     def scan(
         self,
         image: Image,
-        journal: JournalWriter,
+        journal: Records,
         index: int,
         *,
         fresh: bool,
-        candidates: DirtyBitmap | None = None,
+        candidates: Candidates | None = None,
+        first_window: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> Scan:
         """Begin a scan of `image`, which has the disk's size. `index`: the disk's place in the result's table.
 
         Iterating raises TrackerDamageError as soon as what is stored proves not to be `base`.
         `candidates`: the only grains that may have changed, if something better than hashing knows (never with
-        `fresh`). `check` is called before every read and stops the scan by raising.
+        `fresh`). `first_window`: where it begins; what is before that is left as it was. `check` is called before
+        every read and stops the scan by raising.
         """
         if not fresh and not self.known:
             raise ValueError(f"disk {self.disk.name!r} has no stored state to compare with")
-        return Scan(self._fs, self, self._secret, image, journal, index, fresh, candidates, check)
+        return Scan(self._fs, self, self.secret, image, journal, index, fresh, candidates, first_window, check)
 
 
 class Scan:
@@ -158,23 +171,31 @@ class Scan:
         tracker: HashTracker,
         secret: bytes,
         image: Image,
-        journal: JournalWriter,
+        journal: Records,
         index: int,
         fresh: bool,
-        candidates: DirtyBitmap | None,
+        candidates: Candidates | None,
+        first_window: int,
         check: Callable[[], None],
     ) -> None:
         self.disk = tracker.disk
+        self.next_window = first_window
+        """Where a scan that is to go on from here begins."""
         self.bytes_read = 0
         """Bytes read from the image so far."""
         self.root = b""
         self._fs, self._directory, self._secret, self._base = fs, tracker.directory, secret, tracker.base
         self._image, self._journal, self._index = image, journal, index
         self._fresh, self._candidates, self._check = fresh, candidates, check
+        self._stopped = False
         grains = grains_per_window(self.disk)
         self._old, self._new = np.zeros(grains, np.uint64), np.zeros(grains, np.uint64)
         self._dirty = np.zeros(grains, np.uint8)
         self._leaves = np.zeros((WINDOW_BYTES // self.disk.leaf_bytes, DIGEST_BYTES), np.uint8)
+
+    def stop(self) -> None:
+        """End behind the window that was given last: what follows stays as it was, in the root as well."""
+        self._stopped = True
 
     def __iter__(self) -> Iterator[Window | Gap]:
         if self._fresh:
@@ -196,7 +217,7 @@ class Scan:
     def _run(self, digests: File | None, tree: MerkleTree) -> Iterator[Window | Gap]:
         update = tree.update(write=False)
         hashes = WindowHashes(digests, self.disk) if digests is not None else None
-        passed = 0 if self._candidates is None else count_windows(self.disk)
+        passed = self.next_window if self._candidates is None else count_windows(self.disk)
         covered = 0
         for span, buffer in self._read_ahead(self._spans(digests)):
             first = span.window * grains_per_window(self.disk)
@@ -210,11 +231,14 @@ class Scan:
             first_leaf = first // self.disk.grains_per_leaf
             for start, stop in consecutive(record.leaves):
                 update.put(first_leaf + int(record.leaves[start]), record.leaf_digests[start:stop])
+            self.next_window = span.window + 1
             yield window
             covered = first + window.count_grains
-        if hashes is not None:
+            if self._stopped:
+                break
+        if hashes is not None and not self._stopped:
             hashes.check_zero(passed, count_windows(self.disk))
-        if self._fresh and covered < self.disk.count_grains:
+        if self._fresh and not self._stopped and covered < self.disk.count_grains:
             yield Gap(covered, self.disk.count_grains)
         self.root = update.root(self.disk.size_bytes)
 
@@ -227,7 +251,8 @@ class Scan:
         if self._candidates is not None:
             runs = ((first, first + count) for first, count in self._candidates.runs())
             spans = common_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
-        return spans
+        first = self.next_window
+        return dropwhile(lambda span: span.window < first, spans) if first else spans
 
     def _read_ahead(self, spans: Iterator[Span]) -> Iterator[tuple[Span, Bytes]]:
         """Every span with its window's bytes; the next ones are being read meanwhile. Buffers are reused."""

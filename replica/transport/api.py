@@ -28,7 +28,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from replica.model import DeltaId, DiskId, Epoch, ReplicaId
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo, StillDamaged
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    TreeQuery,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -75,6 +85,20 @@ class Receiver(Protocol):
         """What the source holds in consecutive leaves from `first` on, to repair damaged ones of the head with.
 
         `digest` is BLAKE3-256 of `content`, which ends with a leaf or with the disk. FencedError, BusyError.
+        """
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        """Digests (32 bytes each) of the head's Merkle tree, range after range.
+
+        BaseMismatchError if the head is not `query.base`; BusyError while it is being rewritten.
+        """
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        """What the grains of leaves of the head are: u64 per grain, then a byte per leaf, leaf after leaf.
+
+        A grain's digest is 0 where it is all zero, else XXH3-64 under the secret with 0 made 1 (little-endian). The
+        byte is 1 where the leaf is what the tree says, 0 where it is damaged: its grains are then not known.
+        ProtocolError for more than `wire.MAX_GRAIN_BYTES`; else raises what `nodes` raises.
         """
 
     def abort(self) -> None:

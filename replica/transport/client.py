@@ -19,7 +19,17 @@ from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
 from replica.transport import wire
 from replica.transport.connection import ANSWER_SECONDS, Connection
 from replica.transport.tls import TlsFiles
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo, StillDamaged
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    TreeQuery,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -95,6 +105,12 @@ class HttpReceiver:
         path = f"/v1/replicas/{replica_id}/disks/{disk_id}/leaves/{first}?{query}"
         return wire.decode(self._connection.exchange("PUT", path, body)[1], StillDamaged, f"the answer of {self.url}")
 
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/tree", query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/grains", query)
+
     # --- PointSource ---
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
@@ -123,6 +139,10 @@ class HttpReceiver:
         body = () if document is None else (wire.encode(document),)
         headers = {} if document is None else {"Content-Type": wire.DOCUMENT_TYPE}
         return wire.decode(self._connection.exchange(method, path, body, headers)[1], kind, f"the answer of {self.url}")
+
+    def _bytes(self, method: str, path: str, document: Frozen) -> bytes:
+        body = (wire.encode(document),)
+        return self._connection.exchange(method, path, body, {"Content-Type": wire.DOCUMENT_TYPE})[1]
 
 
 def _delta(replica_id: ReplicaId, delta_id: DeltaId) -> str:

@@ -50,6 +50,11 @@ MAX_FILE_HEADER_BYTES = 4096
 MAX_WAIT_SECONDS = 60
 MAX_TREE_NODES = 1 << 16
 MAX_DAMAGED_LEAVES = 4096
+MAX_RANGES = 2048
+"""Ranges of nodes or leaves in one question: about half of what a document may have."""
+MAX_GRAIN_BYTES = 64 << 20
+"""What one question about grains may make the receiver read."""
+SECRET_BYTES = 192
 KEY_BYTES = 32
 
 TAIL_NUMBER = 0xFFFFFFFF
@@ -140,6 +145,50 @@ class Begun(Frozen, frozen=True):
     """Which segments are at the receiver already: half-open ranges of numbers, ascending."""
 
     received: list[tuple[int, int]]
+
+
+class TreeQuery(Frozen, frozen=True):
+    """Digests of the Merkle tree of the head that `base` made: nodes of `level` (0 the leaves), by ranges.
+
+    A range is (first, count); they ascend and do not overlap, here and below.
+    """
+
+    base: DeltaId
+    level: int
+    ranges: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        _check_ranges(self.ranges, MAX_TREE_NODES)
+
+
+class GrainQuery(Frozen, frozen=True):
+    """Digests of the grains of some leaves of the head that `base` made, keyed with the asking tracker's secret.
+
+    The secret tells nobody anything of the disk; with it, content that collides could be constructed. It travels to
+    the site that holds the content anyway, and is kept there no longer than the answer takes.
+    """
+
+    base: DeltaId
+    secret: bytes
+    ranges: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != SECRET_BYTES:
+            raise ValueError(f"a tracker's secret has {SECRET_BYTES} bytes")
+        _check_ranges(self.ranges, MAX_TREE_NODES)
+
+    def __repr__(self) -> str:
+        return f"GrainQuery(base={self.base}, secret=…, ranges={self.ranges})"
+
+
+def _check_ranges(ranges: list[tuple[int, int]], limit: int) -> None:
+    reached = 0
+    for first, count in ranges:
+        if first < reached or count < 1:
+            raise ValueError("ranges are (first, count), ascending and not empty")
+        reached = first + count
+    if not 1 <= len(ranges) <= MAX_RANGES or sum(count for _, count in ranges) > limit or reached > 1 << 32:
+        raise ValueError(f"1 to {MAX_RANGES} ranges of at most {limit} together can be asked for")
 
 
 class PointSummary(Frozen, frozen=True):

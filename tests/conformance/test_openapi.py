@@ -70,6 +70,8 @@ def body_of(operation: dict[str, object]) -> bytes | None:
         "Enrol": wire.Enrol("web-1", wire.KeyId(UUID(int=5)), bytes(32), epoch),
         "Adopt": wire.Adopt(epoch, UUID(int=4)),
         "Begin": wire.Begin(wire.DeltaId(UUID(int=0)), epoch, b"header"),
+        "TreeQuery": wire.TreeQuery(wire.DeltaId(UUID(int=0)), 0, [(0, 1)]),
+        "GrainQuery": wire.GrainQuery(wire.DeltaId(UUID(int=0)), bytes(192), [(0, 1)]),
     }
     return msgspec.json.encode(documents[name])
 

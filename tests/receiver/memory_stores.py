@@ -250,6 +250,22 @@ class MemoryStores:
             raise ProtocolError("outside")
         return b"".join(bytes([level]) + index.to_bytes(31, "little") for index in range(first, first + count))
 
+    def nodes(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: list[tuple[int, int]]
+    ) -> bytes:
+        return b"".join(self.tree(directory, DISK, level, first, count) for first, count in ranges)
+
+    def grains(
+        self,
+        directory: Path,
+        base: DeltaId,
+        disk_id: DiskId,
+        secret: bytes,
+        ranges: list[tuple[int, int]],
+        limit_bytes: int,
+    ) -> bytes:
+        return b"".join(bytes(DISK.grains_per_leaf * 8 * count) for _, count in ranges)
+
 
 def new_key() -> DataKey:
     return DataKey(KeyId(random_id()), random_id().bytes * 2)
