@@ -112,6 +112,18 @@ class Chain:
         older = [link.result for link in self.links if link is not self.undoing]
         return tuple(state for state in (*reversed(older), self.state.head) if state.is_point)
 
+    @property
+    def committed_points(self) -> tuple[tuple[State, Stamp], ...]:
+        """The points, oldest first, and when each was committed."""
+        links = [link for link in reversed(self.links) if link is not self.undoing]
+        found = [*((link.result, link.committed) for link in links), (self.state.head, self.state.committed)]
+        return tuple((state, committed) for state, committed in found if state.is_point)
+
+    @property
+    def named(self) -> tuple[State, ...]:
+        """Every state that the head or any inverse names, reachable or not."""
+        return (self.state.head, *(s for link in (*self.links, *self.strays) for s in (link.base, link.result)))
+
     def since(self, top: State) -> tuple[Link, ...] | None:
         """The links between `top` and the head, nearest `top` first; None if `top` is not on the chain (any more)."""
         if top == self.top:
