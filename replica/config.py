@@ -102,6 +102,12 @@ class RetentionTable(msgspec.Struct, frozen=True):
     machine: tuple[MachineRetentionTable, ...] = ()
 
 
+class ReceiptsTable(msgspec.Struct, frozen=True):
+    """`[receipts]`: the key that receipts are signed with; each storage has its own without it."""
+
+    key: Text | None = None
+
+
 class ReceiverFile(msgspec.Struct, frozen=True):
     """`receiver.toml` as it is written."""
 
@@ -110,6 +116,7 @@ class ReceiverFile(msgspec.Struct, frozen=True):
     storage: tuple[StorageTable, ...]
     allow: tuple[AllowTable, ...] = ()
     retention: RetentionTable = RetentionTable()
+    receipts: ReceiptsTable = ReceiptsTable()
 
 
 class DiskTable(msgspec.Struct, frozen=True):
@@ -223,7 +230,7 @@ def kind_of(path: Path) -> Literal["sender", "receiver"]:
     """Which of the two files this is, judged by what it says and not by its name."""
     table = toml.Source(path).table
     sender = len(table.keys() & {"name", "state", "machine", "keys"})
-    receiver = len(table.keys() & {"listen", "storage", "allow", "retention"})
+    receiver = len(table.keys() & {"listen", "storage", "allow", "retention", "receipts"})
     if sender == receiver:
         raise ConfigError(
             f"{path} is neither a sender's nor a receiver's configuration",
@@ -275,6 +282,7 @@ def load_receiver(path: Path) -> SiteSpec:
         retention=retention,
         machines=machines,
         max_points_per_hour=file.retention.max_points_per_hour or MAX_POINTS_PER_HOUR,
+        receipt_key=_path(path, file.receipts.key) if file.receipts.key else None,
     )
 
 

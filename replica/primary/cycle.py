@@ -34,7 +34,7 @@ import msgspec
 from replica import images
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
-from replica.errors import BusyError, LeafDamageError, RootMismatchError, TrackerDamageError
+from replica.errors import BusyError, DamageError, LeafDamageError, RootMismatchError, TrackerDamageError
 from replica.model import Consistency, DeltaId, Disk, DiskState, Frozen, ReplicaId, State, random_id
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
 from replica.primary.enrol import UNKNOWN_DISK_ID, adopt, become_another, contact, current_disks, look
@@ -47,6 +47,7 @@ from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
+from replica.receipt import check_shipped, parse
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import thaw_marked
 from replica.tracking.journal import JournalSummary, JournalWriter
@@ -163,7 +164,10 @@ class _Cycle:
             if isinstance(step, Ship):
                 break
             if isinstance(step, Fold):
-                record = self.directory.fold_pending(record)
+                try:
+                    record = self._fold(record, info, step.result)
+                except RootMismatchError as error:
+                    _log.warning("machine %r: %s", record.machine, error)
                 continue
             if isinstance(step, DiscardPending):
                 self.directory.discard_pending()
@@ -179,6 +183,26 @@ class _Cycle:
         if step.mode is Mode.INITIAL and record.disks != disks:
             record = self.directory.save(msgspec.structs.replace(record, disks=disks))
         return record, step
+
+    def _fold(self, record: MachineRecord, info: ReplicaInfo, result: State) -> MachineRecord:
+        """The delta is committed: fold it in, if the receiver has and has signed what was shipped.
+
+        Else RootMismatchError, and the trackers stay where they were: they do not describe the replica's head, so the
+        plan finds another head than it knows, and everything is shipped once. Without a receipt (the receiver cannot
+        sign at present) its word is taken as it was before there were any.
+        """
+        try:
+            if info.head != result:
+                raise RootMismatchError(f"the receiver says that it committed another state than point {result.point}")
+            if info.receipt is not None:
+                check_shipped(parse(info.receipt, "the receiver's receipt"), result)
+        except DamageError as error:
+            self.directory.discard_pending()
+            raise RootMismatchError(error.message, hint=error.hint) from error
+        record = self.directory.fold_pending(record)
+        if info.receipt is not None:
+            self.directory.keep_receipt(info.receipt)
+        return record
 
     def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
         _log.warning(
@@ -242,8 +266,8 @@ class _Cycle:
                     states,
                 )
                 journal.finish(JournalSummary(ship.base.delta_id, result, fresh))
-            shipment.commit(result, self.wait_limit_seconds)
-        self.directory.fold_pending(record)
+            info = shipment.commit(result, self.wait_limit_seconds)
+        self._fold(record, info, result)
         return SyncResult(
             machine=self.machine.name,
             replica_id=record.replica_id,

@@ -39,6 +39,7 @@ from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
 from replica.receiver.stores import FileStores, Reader, Store, Stores
 from replica.receiver.upkeep import Housekeeper
 from replica.store import Identity
+from replica.store.receipt_key import ReceiptKey
 from replica.store.retention import FLOODABLE
 from replica.store.space import Space
 from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
@@ -69,7 +70,7 @@ class Site:
         Ones that cannot be opened are logged and left for later. Raises StorageError if a storage cannot be listed.
         """
         self.spec = spec
-        self._stores = stores or FileStores(fs)
+        self._stores = stores or FileStores(fs, _receipt_key(fs, spec))
         self._clock = clock
         self._turns = threading.Semaphore(MAX_COMMITS)
         self._enrolling = threading.Lock()
@@ -249,6 +250,11 @@ class Site:
             raise ProtocolError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
         disk = find_disk(self._stores.reader(slot.directory).head, str(disk_id))
         return self._stores.tree(slot.directory, disk, level, first, count)
+
+
+def _receipt_key(fs: FileSystem, spec: SiteSpec) -> ReceiptKey | None:
+    storages = tuple(storage.path for storage in spec.storages.values())
+    return ReceiptKey(fs, spec.receipt_key, storages) if spec.receipt_key else None
 
 
 def _has_key(slot: Slot, key: DataKey) -> bool:

@@ -133,6 +133,7 @@ def test_a_crash_anywhere_costs_no_receipt(tmp_path: Path) -> None:
             pass
         store.close()
         store = ReplicaStore.open(FS, store.directory)
+        assert store.head.is_empty or store.receipt is not None
         if store.head.delta_id != made.delta_id:
             if store.received is None:
                 primary.send(store, made)
