@@ -181,6 +181,14 @@ def parse_limit(text: str) -> Limit:
         raise ValueError(f"{text!r} is no size and no share; write it like 10GiB or 5%") from error
 
 
+def parse_rate(text: str) -> float:
+    """Bytes per second in `100MiB/s`, `1GiB/s`, `500KiB/s`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)/s", text.strip())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is no rate; write a number and a unit, such as 100MiB/s")
+    return float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]]
+
+
 def parse_listen(text: str) -> tuple[str, int]:
     """Host and port of `127.0.0.1:8443`, `[::]:8443` or `:8443` (every address). Raises ValueError."""
     host, colon, port = text.rpartition(":")

@@ -69,6 +69,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "committed_at": rfc3339(p.committed.wall_ns) if p.committed.wall_ns else None,
                     "kept": why.get(p.state.delta_id, ""),
                     "locked_until": rfc3339(locks[p.state.delta_id]) if p.state.delta_id in locks else None,
+                    "reason": p.reason or None,
                     "receipt": receipts.word(p.state).value,
                 }
                 for p in listed
@@ -103,6 +104,9 @@ def points(machine: str, config: Path, as_json: bool) -> None:
             for p in listed
         ],
     )
+    for p in listed:
+        if p.reason:
+            click.echo(f"point {p.state.point} is not restorable: {p.reason}")
 
 
 def reasons(fs: FileSystem, reader: ReplicaReader, spec: SiteSpec) -> tuple[dict[DeltaId, str], dict[DeltaId, int]]:

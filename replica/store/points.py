@@ -60,6 +60,7 @@ class PointInfo:
     """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
 
     `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
+    `reason`: why it is not restorable, where a verification has found that.
     """
 
     state: State
@@ -67,6 +68,7 @@ class PointInfo:
     restorable: bool
     committed: Stamp = NEVER
     lost: tuple[LostRange, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from replica.store.pins import pin
 from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles
 from replica.store.verify import DiskVerdict, verify_head
+from replica.store.verify_round import known_damage, with_damage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -101,7 +102,8 @@ class ReplicaReader:
                 if state.is_point and state.delta_id not in known and state.point < head.point:
                     known.add(state.delta_id)
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
-        return sorted(infos, key=lambda info: info.state.point)
+        infos.sort(key=lambda info: info.state.point)
+        return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
 
     def _with_lost(self, info: PointInfo, chain: Chain) -> PointInfo:
         """The point with what of it is lost, where an inverse on the way to it has lost extents."""

@@ -107,6 +107,30 @@ def test_a_restored_image_is_proven_to_be_the_point(audit: Audit, capsys: pytest
     assert "out/os.raw is not disk 'os' at point 4" in capsys.readouterr().err
 
 
+def test_verify_names_what_damage_costs_and_points_remembers_it(
+    audit: Audit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", "web-1", "--points", "--rate", "1GiB/s", "-c", "receiver.toml"]
+    assert run(command) == 0
+    (directory,) = (path for path in (audit.root / "replicas").iterdir() if path.is_dir())
+    victim = directory / "points" / str(audit.primary.made[2].delta_id)
+    data = bytearray(victim.read_bytes())
+    data[300] ^= 1
+    victim.write_bytes(data)
+    capsys.readouterr()
+    assert run([*command, "--json"]) == 11
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and {p["point"] for p in found["points"]} >= {2}
+    assert [f["file"] for f in found["files"] if f["damage"]] == [victim.name]
+    assert run(command) == 11
+    assert "cannot be restored" in capsys.readouterr().out
+    assert run(["points", "web-1", "-c", "receiver.toml", "--json"]) == 0
+    listed = {p["point"]: p for p in json.loads(capsys.readouterr().out)}
+    assert not listed[2]["restorable"] and victim.name in listed[2]["reason"]
+    assert listed[4]["restorable"] and listed[4]["reason"] is None
+    assert run(["verify", "web-1", "--rate", "fast", "-c", "receiver.toml"]) == 2
+
+
 def test_exporting_again_replaces_nothing_else(audit: Audit, capsys: pytest.CaptureFixture[str]) -> None:
     again = ["receipt", "export", "web-1", "--to", "audit", "-c", "receiver.toml"]
     assert run(again) == 0
