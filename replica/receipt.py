@@ -59,7 +59,7 @@ class ReceiptDisk(Frozen, frozen=True):
 
 
 class Receipt(Frozen, frozen=True):
-    """The signed statement. `committed_at_ns` is by the receiver's clock, when it had the commit behind it."""
+    """The signed statement. `committed_at_ns` is by the receiver's wall clock."""
 
     format: int
     algorithm: Literal["Ed25519"]

@@ -10,7 +10,7 @@
       incoming/<delta id>     received, not yet applied; `.part` and `.index` while it arrives
       points/<delta id>       inverse: undoes the delta of that id, and so holds the older point
       receipts/<delta id>     signed receipt of the point that this delta made; `.links` beside it (see `receipts`)
-      marks/verify            what the last verification found, and how far this one is
+      marks/verify-…          what the last verification found, and how far this one is
       pins/<delta id>         readers of the state of that id hold a shared kernel lock on it
       pins.lock               shared while a reader takes its pin, exclusive while inverses are replaced or removed
       marks/retention         point locks and the observed time         (atomic replace)

@@ -3,6 +3,8 @@
     marks/verify-head       the head, disk by disk, byte position by byte position
     marks/verify-points     the inverses, file by file, segment by segment
 
+`marks/` is never made here: where it is missing, point locks may be, too (`marks`).
+
 A *round* is one look at everything. It may be cut anywhere and goes on where
 the document says; a finished one is followed by a new one. What a former round
 found damaged stays known until the present one has come by that place: `found`
@@ -85,7 +87,6 @@ class Verdicts:
 
     def __init__(self, fs: FileSystem, layout: Layout) -> None:
         self._fs = fs
-        self._layout = layout
         self._paths = {HeadRound: layout.marks / "verify-head", PointsRound: layout.marks / "verify-points"}
 
     def load(self, kind: type[R]) -> R | None:
@@ -97,7 +98,6 @@ class Verdicts:
             return None
 
     def save(self, value: HeadRound | PointsRound) -> None:
-        self._fs.make_directory(self._layout.marks)
         documents.save(self._fs, self._paths[type(value)], value)
 
 

@@ -67,7 +67,6 @@ def verify_replica(
     with ExitStack() as stack:
         memory: Verdicts | None = Verdicts(fs, layout)
         try:
-            fs.make_directory(layout.marks)
             busy = f"another process verifies {layout.root}"
             stack.enter_context(fs.lock(layout.marks / "verify.lock", busy=busy))
         except BusyError:

@@ -13,6 +13,7 @@ from replica.model import DeltaId
 from replica.receipt import NO_LINK, SignedReceipt, check_chain, check_shipped, decode_public, parse
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.receipts import ReceiptFiles, ReceiptWord
+from replica.store.retention import Policy
 from tests.store.small_primary import SmallPrimary
 from tests.store.test_replica import CutFileSystem
 
@@ -51,7 +52,7 @@ def test_every_point_has_one_and_rotation_takes_it_along(tmp_path: Path) -> None
     assert (tmp_path / "receipt.key").stat().st_mode & 0o777 == 0o600
     store.close()
     store = ReplicaStore.open(FS, store.directory)
-    store.rotate(2)
+    store.rotate(Policy(keep_last=2, hourly=0))
     primary.sync(store)
     assert [signed.receipt.serial for signed in check_all(store.directory, 3)] == [3, 4, 5]
 
@@ -127,7 +128,7 @@ def test_a_crash_anywhere_costs_no_receipt(tmp_path: Path) -> None:
         cutting.steps, cutting.cut_at = 0, cut_at // 2
         try:
             store.commit(made.delta_id)
-            store.rotate(1)
+            store.rotate(Policy(keep_last=1, hourly=0))
             done = store.receipts.trouble is None and cut_at % 2 == 1
         except ReplicaError:
             pass
@@ -140,7 +141,7 @@ def test_a_crash_anywhere_costs_no_receipt(tmp_path: Path) -> None:
             store.commit(made.delta_id)
         primary.acknowledge(made)
         primary.sync(store)
-        store.rotate(2)
+        store.rotate(Policy(keep_last=2, hourly=0))
         assert store.receipts.trouble is None
         check_all(store.directory, 2)
         assert not [name for name in FS.list_names(store.directory.parent) if name.endswith(".tmp")]
@@ -233,6 +234,6 @@ def test_a_damaged_receipt_is_named_and_no_two_follow_the_same(tmp_path: Path) -
     check_chain(found[2], found[3], b"")
     with pytest.raises(FormatError, match="begun anew"):
         check_chain(found[1], found[2], b"")
-    store.rotate(1)
+    store.rotate(Policy(keep_last=1, hourly=0))
     assert [DeltaId(s.receipt.delta_id) for s in files.all()] == [primary.state.delta_id]
     store.close()

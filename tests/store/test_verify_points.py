@@ -10,9 +10,10 @@ import pytest
 
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
-from replica.errors import BusyError, DamageError, StorageError
+from replica.errors import BusyError, DamageError
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.pace import SAVE_SECONDS, Pace
+from replica.store.retention import Policy
 from replica.store.verdicts import MAX_RANGES, FileMark, HeadRound, Verdicts, bounded, outside
 from replica.store.verify_points import PointsCheck
 from replica.store.verify_round import Report, verify_replica
@@ -164,7 +165,7 @@ def test_files_that_go_or_are_replaced_meanwhile_are_no_damage(tmp_path: Path, h
 
     def meanwhile(mark: FileMark) -> None:
         if mark.position == 1 and how == "rotated out":
-            assert store.rotate(1) == [1, 2]
+            assert store.rotate(Policy(keep_last=1, hourly=0)).dropped == (1, 2)
         if mark.position == 1 and how == "thinned":
             copy = layout.points / ".copy"
             copy.write_bytes(other.read_bytes())
@@ -233,14 +234,10 @@ def test_ranges_are_bounded_and_cover_what_they_did() -> None:
     assert outside(((0, 100), (200, 50)), 50, 220) == [(0, 50), (220, 30)]
 
 
-class NoMarks(FileSystem):
-    """Nothing can be written beside the replica."""
-
-    def make_directory(self, path: Path, *, private: bool = False) -> None:
-        raise StorageError(f"read-only: {path}")
-
-
-def test_verify_works_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_verify_works_where_nothing_can_be_remembered(tmp_path: Path) -> None:
     _primary, store = replica(tmp_path, points=2)
-    assert verify_replica(NoMarks(), Layout(store.directory), points=True).ok
-    assert Verdicts(FS, Layout(store.directory)).load(HeadRound) is None
+    layout = Layout(store.directory)
+    layout.marks.rename(tmp_path / "away")
+    assert verify(store).ok
+    assert not layout.marks.exists(), "a directory without point locks would pass for one that lost them"
+    assert Verdicts(FS, layout).load(HeadRound) is None
