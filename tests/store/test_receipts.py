@@ -89,6 +89,21 @@ def test_the_chain_holds_over_receipts_that_went(tmp_path: Path) -> None:
         check_chain(receipts[9], receipts[6], bytes(64))
 
 
+def test_thinning_takes_receipts_along_and_leaves_the_links(tmp_path: Path) -> None:
+    primary = SmallPrimary({"os": 50_000})
+    store = primary.enrol(FS, tmp_path)
+    for _ in range(3):
+        primary.scribble()
+        for _ in range(4):  # of a run of equal points the first and the newest stay
+            primary.sync(store)
+    assert store.thin(Policy(keep_last=9, hourly=0), at_once=True).composed
+    points = ReplicaReader(FS, store.directory).points()
+    found = check_all(store.directory, len(points))
+    assert len(found) < 12 and found[-1].receipt.serial == 12
+    assert {found[0].receipt.serial, found[-1].receipt.serial} == {1, 12}
+    store.close()
+
+
 def test_one_bit_is_enough_to_be_refused(tmp_path: Path) -> None:
     primary = SmallPrimary(SIZES)
     store = primary.enrol(FS, tmp_path)
@@ -120,6 +135,7 @@ def test_a_crash_anywhere_costs_no_receipt(tmp_path: Path) -> None:
         store = primary.enrol(FS, tmp_path / str(cut_at))
         if cut_at % 2:  # the first receipt makes the key
             primary.sync(store)
+        primary.scribble()
         made = primary.make()
         primary.send(store, made)
         store.close()
@@ -140,6 +156,7 @@ def test_a_crash_anywhere_costs_no_receipt(tmp_path: Path) -> None:
                 primary.send(store, made)
             store.commit(made.delta_id)
         primary.acknowledge(made)
+        primary.scribble()
         primary.sync(store)
         store.rotate(Policy(keep_last=2, hourly=0))
         assert store.receipts.trouble is None
@@ -226,6 +243,7 @@ def test_a_damaged_receipt_is_named_and_no_two_follow_the_same(tmp_path: Path) -
     files = ReceiptFiles(FS, Layout(store.directory))
     assert files.word(primary.state) is ReceiptWord.DAMAGED
     for _ in range(2):
+        primary.scribble()
         primary.sync(store)
     found = files.all()
     assert [s.receipt.point for s in found] == [1, 2, 4, 5]
