@@ -318,7 +318,7 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     (point,) = lab.points()
     assert set(point) == {
         "point", "frozen_at", "consistency", "bytes", "roots", "restorable", "committed_at", "kept", "locked_until",
-        "reason", "receipt",
+        "reason", "receipt", "lost",
     }  # fmt: skip
     assert point["frozen_at"] == good["frozen_at"]
     assert point["frozen_at"].endswith("Z")
