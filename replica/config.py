@@ -104,6 +104,12 @@ class RetentionTable(msgspec.Struct, frozen=True):
     machine: tuple[MachineRetentionTable, ...] = ()
 
 
+class ReceiptsTable(msgspec.Struct, frozen=True):
+    """`[receipts]`: the key that receipts are signed with; each storage has its own without it."""
+
+    key: Text | None = None
+
+
 class ReceiverFile(msgspec.Struct, frozen=True):
     """`receiver.toml` as it is written."""
 
@@ -112,6 +118,7 @@ class ReceiverFile(msgspec.Struct, frozen=True):
     storage: tuple[StorageTable, ...]
     allow: tuple[AllowTable, ...] = ()
     retention: RetentionTable = RetentionTable()
+    receipts: ReceiptsTable = ReceiptsTable()
 
 
 class DiskTable(msgspec.Struct, frozen=True):
@@ -177,6 +184,14 @@ def parse_limit(text: str) -> Limit:
         raise ValueError(f"{text!r} is no size and no share; write it like 10GiB or 5%") from error
 
 
+def parse_rate(text: str) -> float:
+    """Bytes per second in `100MiB/s`, `1GiB/s`, `500KiB/s`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)/s", text.strip())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is no rate; write a number and a unit, such as 100MiB/s")
+    return float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]]
+
+
 def parse_listen(text: str) -> tuple[str, int]:
     """Host and port of `127.0.0.1:8443`, `[::]:8443` or `:8443` (every address). Raises ValueError."""
     host, colon, port = text.rpartition(":")
@@ -226,7 +241,7 @@ def kind_of(path: Path) -> Literal["sender", "receiver"]:
     """Which of the two files this is, judged by what it says and not by its name."""
     table = toml.Source(path).table
     sender = len(table.keys() & {"name", "state", "machine", "keys"})
-    receiver = len(table.keys() & {"listen", "storage", "allow", "retention"})
+    receiver = len(table.keys() & {"listen", "storage", "allow", "retention", "receipts"})
     if sender == receiver:
         raise ConfigError(
             f"{path} is neither a sender's nor a receiver's configuration",
@@ -278,6 +293,7 @@ def load_receiver(path: Path) -> SiteSpec:
         retention=retention,
         machines=machines,
         max_points_per_hour=file.retention.max_points_per_hour or MAX_POINTS_PER_HOUR,
+        receipt_key=_path(path, file.receipts.key) if file.receipts.key else None,
     )
 
 

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import click
 
 from replica import __version__
-from replica.cli import adopt, enrol, lock, pki, points, prune, restore, resync, serve, status, sync, verify
+from replica.cli import adopt, enrol, lock, pki, points, prune, receipt, restore, resync, serve, status, sync, verify
 from replica.cli.output import complain
 from replica.errors import ReplicaError
 
@@ -45,6 +45,7 @@ def cli() -> None:
       replica restore web-1 --to out/ -c receiver.toml   the newest point as image files
       replica lock web-1 --point 3 --until 2027-01-31 -c receiver.toml
                                                          a point that must stay
+      replica receipt show web-1 -c receiver.toml        what the site signed of it
     At the primary site:
       replica sync web-1 -c sender.toml                  one cycle, now
       replica run -c sender.toml                         cycles on schedule until stopped
@@ -61,6 +62,7 @@ for command in (
     adopt.adopt,
     status.status,
     points.points,
+    receipt.receipt,
     restore.restore,
     verify.verify,
     lock.lock,

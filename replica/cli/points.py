@@ -37,11 +37,13 @@ def points(machine: str, config: Path, as_json: bool) -> None:
     from replica.config import load_receiver
     from replica.durable import FileSystem
     from replica.model import rfc3339
+    from replica.store.receipts import ReceiptFiles
 
     fs, spec = FileSystem(), load_receiver(config)
     reader = find_replica(fs, spec, machine)
     why, locks = reasons(fs, reader, spec)
     listed = reader.points()
+    receipts = ReceiptFiles(fs, reader.layout)
     for path in reader.damaged:
         click.echo(f"replica: {path} is damaged: the points that need it are lost or not restorable", err=True)
     for marked in reader.marks.leaves:
@@ -67,6 +69,8 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "committed_at": rfc3339(p.committed.wall_ns) if p.committed.wall_ns else None,
                     "kept": why.get(p.state.delta_id, ""),
                     "locked_until": rfc3339(locks[p.state.delta_id]) if p.state.delta_id in locks else None,
+                    "reason": p.reason or None,
+                    "receipt": receipts.word(p.state).value,
                 }
                 for p in listed
             ]
@@ -84,7 +88,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
         return
     now = time.time()
     print_table(
-        ("point", "frozen at", "age", "consistency", "stored", "restorable", "committed at", "kept as"),
+        ("point", "frozen at", "age", "consistency", "stored", "restorable", "committed at", "kept as", "receipt"),
         [
             (
                 str(p.state.point),
@@ -95,10 +99,14 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                 "yes" if p.restorable else "NO",
                 rfc3339(p.committed.wall_ns) if p.committed.wall_ns else "-",
                 why.get(p.state.delta_id, "") or "-",
+                receipts.word(p.state).value,
             )
             for p in listed
         ],
     )
+    for p in listed:
+        if p.reason:
+            click.echo(f"point {p.state.point} is not restorable: {p.reason}")
 
 
 def reasons(fs: FileSystem, reader: ReplicaReader, spec: SiteSpec) -> tuple[dict[DeltaId, str], dict[DeltaId, int]]:

@@ -49,7 +49,7 @@ def _receiver(config: Path, as_json: bool) -> None:
     fs, spec = FileSystem(), load_receiver(config)
     readers, broken = all_replicas(fs, spec)
     told = {full_name(reader): warnings(fs, spec, reader) for reader in readers}
-    rows = [{**_replica(reader), "warnings": told[full_name(reader)]} for reader in readers]
+    rows = [{**_replica(fs, reader), "warnings": told[full_name(reader)]} for reader in readers]
     if as_json:
         print_json([*rows, *({"directory": str(path), "error": error_fields(error)} for path, error in broken)])
         return
@@ -88,7 +88,9 @@ def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]
     return found
 
 
-def _replica(reader: ReplicaReader) -> dict[str, object]:
+def _replica(fs: FileSystem, reader: ReplicaReader) -> dict[str, object]:
+    from replica.store.receipts import ReceiptFiles
+
     identity, head, listed = reader.identity, reader.head, reader.points()
     frozen_at = listed[-1].state.frozen_at_ns if listed else None
     return {
@@ -106,6 +108,7 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
         "damaged": [str(path) for path in reader.damaged],
         "damaged_leaves": sum(d.stop - d.first for d in reader.marks.leaves),
         "copying": head.partial,
+        "receipt": ReceiptFiles(fs, reader.layout).word(listed[-1].state).value if listed else None,
         "applying": None if reader.applying is None else str(reader.applying),
         "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
         "roots": head.roots,
@@ -116,6 +119,8 @@ def _line(row: dict[str, object]) -> tuple[str, ...]:
     behind, stored = row["behind_seconds"], row["bytes"]
     state = "applying" if row["applying"] else "copying" if row["copying"] else "ok"
     state = state if row["restorable"] else "DAMAGED POINTS"
+    if state == "ok" and row["receipt"] in ("missing", "damaged"):
+        state = f"receipt {row['receipt']}"
     if row["damaged_leaves"]:
         state = f"DAMAGED HEAD ({row['damaged_leaves']} leaves; the next sync repairs them)"
     return (

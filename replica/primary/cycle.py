@@ -42,6 +42,7 @@ from replica.errors import BusyError, DamageError, LeafDamageError, RootMismatch
 from replica.images import Image
 from replica.model import Consistency, Disk, DiskId, Frozen, ReplicaId, State
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
+from replica.primary.committed import fold_committed
 from replica.primary.enrol import adopt, become_another, contact, current_disks, look, measure
 from replica.primary.reading import Extent, open_disk
 from replica.primary.record import MachineDirectory, MachineRecord
@@ -185,7 +186,10 @@ class _Cycle:
             if isinstance(step, Ship):
                 break
             if isinstance(step, Fold):
-                record = self.directory.fold_pending(record)
+                try:
+                    record = fold_committed(self.directory, record, info, step.result)
+                except RootMismatchError as error:
+                    _log.warning("machine %r: %s", record.machine, error)
                 continue
             if isinstance(step, DiscardPending):
                 self.directory.discard_pending()

@@ -6,6 +6,7 @@
       frozen        mark: the machine may be frozen (see `tracking.instant`)
       pending       journal of a delta whose commit may have been asked for
       folding       journal of a committed delta that is being folded in
+      receipt       the receiver's receipt of the newest point, as it came
       status.json   what happened last, for `replica status`; worth nothing else
       disks/<id>/   secret, digests, leaves (see `tracking.hash`)
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ import msgspec
 
 from replica import documents
 from replica.durable import FileSystem, Lock
-from replica.errors import BusyError, DamageError, FormatError
+from replica.errors import BusyError, DamageError, FormatError, StorageError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
 from replica.tracking.fold import fold
 from replica.tracking.instant import marked
@@ -137,6 +138,11 @@ class MachineDirectory:
         except FormatError:
             self._fs.unlink(path)
             return None
+
+    def keep_receipt(self, data: bytes) -> None:
+        """The newest point's receipt, for whoever asks here for it; nothing depends on it."""
+        with suppress(StorageError):
+            self._fs.replace_bytes(self.path / "receipt", data)
 
     def discard_pending(self) -> None:
         self._fs.unlink(self.path / "pending")

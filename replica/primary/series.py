@@ -31,6 +31,7 @@ from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
 from replica.errors import TrackerDamageError
 from replica.model import DamagedLeaves, DeltaId, DiskState, State, random_id
+from replica.primary.committed import fold_committed
 from replica.primary.reading import START, Cursor, Extent, Reading, open_disk
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.retry import Patience
@@ -137,8 +138,8 @@ class Series:
                 partial = part or read.stopped is not None
                 result = self._result(delta_id, read.snapshot, read.roots, partial=partial)
                 journal.finish(JournalSummary(self.base.delta_id, result, fresh))
-            shipment.commit(result, self.wait_limit_seconds)
-        self.record = self.directory.fold_pending(self.record)
+            info = shipment.commit(result, self.wait_limit_seconds)
+        self.record = fold_committed(self.directory, self.record, info, result)
         self.base = result
         if partial:
             self.tally.parts += 1

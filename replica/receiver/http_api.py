@@ -64,6 +64,7 @@ class HttpApi:
         app.router.add_post(f"{delta}/commit", self._commit)
         app.router.add_get(f"{replica}/points", self._points, allow_head=False)
         app.router.add_get(f"{replica}/points/{{point}}/disks/{{disk}}", self._disk, allow_head=False)
+        app.router.add_get(f"{replica}/points/{{point}}/receipt", self._receipt, allow_head=False)
         app.router.add_get(f"{replica}/disks/{{disk}}/tree", self._tree, allow_head=False)
         app.router.add_put(f"{replica}/disks/{{disk}}/leaves/{{number}}", self._leaves)
         app.router.add_post(f"{replica}/disks/{{disk}}/tree", self._nodes)
@@ -138,6 +139,11 @@ class HttpApi:
     async def _disk(self, request: web.Request) -> web.StreamResponse:
         point = _number(request.match_info["point"], "point")
         return await self._reading.answer(request, self._session(request), _replica_id(request), point)
+
+    async def _receipt(self, request: web.Request) -> web.Response:
+        replica_id, point = _replica_id(request), _number(request.match_info["point"], "point")
+        data = await self._call.on(replica_id, self._session(request).receipt, replica_id, point)
+        return web.Response(body=data, content_type="application/octet-stream")
 
     async def _tree(self, request: web.Request) -> web.Response:
         disk_id = DiskId(_uuid(request, "disk"))

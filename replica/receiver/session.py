@@ -66,7 +66,7 @@ class Session:
         return self._site.owned(self.identity, machine)
 
     def replica(self, replica_id: ReplicaId) -> ReplicaInfo:
-        return self._slot(replica_id).info()
+        return self._slot(replica_id).info(receipt=True)
 
     def enrol(self, replica_id: ReplicaId, enrol: Enrol) -> ReplicaInfo:
         return self._site.enrol(self.identity, replica_id, enrol)
@@ -142,6 +142,9 @@ class Session:
     def open_point(self, replica_id: ReplicaId, point: int) -> OpenPoint:
         """A pinned point, for reading; a context manager."""
         return self._site.reader(self.identity, replica_id).open_point(point)
+
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        return self._site.reader(self.identity, replica_id).receipt(point)
 
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         return self._site.tree(self.identity, replica_id, disk_id, level, first, count)

@@ -39,6 +39,7 @@ from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
 from replica.receiver.stores import FileStores, Reader, Store, Stores
 from replica.receiver.upkeep import Housekeeper
 from replica.store import Identity
+from replica.store.receipt_key import ReceiptKey
 from replica.store.retention import FLOODABLE
 from replica.store.space import Space
 from replica.transport.wire import MAX_GRAIN_BYTES, MAX_TREE_NODES, Enrol, GrainQuery, ReplicaInfo, TreeQuery
@@ -69,7 +70,7 @@ class Site:
         Ones that cannot be opened are logged and left for later. Raises StorageError if a storage cannot be listed.
         """
         self.spec = spec
-        self._stores = stores or FileStores(fs)
+        self._stores = stores or FileStores(fs, _receipt_key(fs, spec))
         self._clock = clock
         self._turns = threading.Semaphore(MAX_COMMITS)
         self._enrolling = threading.Lock()
@@ -257,6 +258,11 @@ class Site:
     def grains(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
         slot = self.slot(identity, replica_id)
         return self._stores.grains(slot.directory, query.base, disk_id, query.secret, query.ranges, MAX_GRAIN_BYTES)
+
+
+def _receipt_key(fs: FileSystem, spec: SiteSpec) -> ReceiptKey | None:
+    storages = tuple(storage.path for storage in spec.storages.values())
+    return ReceiptKey(fs, spec.receipt_key, storages) if spec.receipt_key else None
 
 
 def _has_key(slot: Slot, key: DataKey) -> bool:

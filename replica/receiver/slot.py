@@ -163,8 +163,11 @@ class Slot:
                 self._identity = self._stores.reader(self.directory).identity
         return self._identity
 
-    def info(self) -> ReplicaInfo:
-        """What is so now. A replica that another process has locked is shown as it lies there, as stopped."""
+    def info(self, *, receipt: bool = False) -> ReplicaInfo:
+        """What is so now, with the head's receipt or without.
+
+        A replica that another process has locked is shown as it lies there, as stopped.
+        """
         try:
             store = self.store()
         except BusyError as error:
@@ -176,6 +179,7 @@ class Slot:
                 self.replica_id, who.machine, who.owner, reader.epoch, reader.head, stopped=to_problem(error)
             )
         who, stopped = store.identity, store.stopped
+        signed = store.receipt if receipt else None
         return ReplicaInfo(
             replica_id=self.replica_id,
             machine=who.machine,
@@ -186,6 +190,7 @@ class Slot:
             receiving=store.receiving,
             stopped=to_problem(stopped) if stopped else None,
             damaged=store.damaged,
+            receipt=signed.data if signed else None,
         )
 
     def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
@@ -300,7 +305,7 @@ class Slot:
             if self._job is job:
                 self._job = None
         job.done.result()
-        return self.info()
+        return self.info(receipt=True)
 
     def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
         error: BaseException | None = None

@@ -58,6 +58,8 @@ class SiteSpec:
     retention: Policy = DEFAULT_POLICY
     machines: Sequence[MachineRetention] = ()
     max_points_per_hour: int = MAX_POINTS_PER_HOUR
+    receipt_key: Path | None = None
+    """What receipts are signed with; without it each storage has a key of its own (`store.receipt_key`)."""
 
     def policy(self, owner: str, machine: str) -> Policy:
         """Which points of a machine stay."""

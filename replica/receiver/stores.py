@@ -16,9 +16,11 @@ from replica.durable import FileSystem
 from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
 from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, Epoch, State
+from replica.receipt import SignedReceipt
 from replica.store import Identity, PointInfo, Policy, ReplicaReader, ReplicaStore, Rotated, replica_directories
 from replica.store.compare import Ranges, StillHead
 from replica.store.layout import Layout
+from replica.store.receipt_key import ReceiptKey
 from replica.store.space import Space, SpaceLimits, judge
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class Store(Protocol):
     def stopped(self) -> ReplicaError | None: ...
     @property
     def damaged(self) -> tuple[DamagedLeaves, ...]: ...
+    @property
+    def receipt(self) -> SignedReceipt | None: ...
     def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]: ...
     def has_key(self, key: DataKey) -> bool: ...
     def adopt(self, expected: Epoch, holder: UUID) -> Epoch: ...
@@ -82,6 +86,7 @@ class Reader(Protocol):
     def head(self) -> State: ...
     def points(self) -> list[PointInfo]: ...
     def open_point(self, number: int | None = None) -> OpenPoint: ...
+    def receipt(self, number: int) -> bytes: ...
 
 
 class Stores(Protocol):
@@ -117,8 +122,10 @@ class Stores(Protocol):
 class FileStores:
     """Replicas in directories of a file system. Thread-safe."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, receipt_key: ReceiptKey | None = None) -> None:
+        """`receipt_key`: what all of them sign receipts with; each storage has its own without it."""
         self._fs = fs
+        self._receipt_key = receipt_key
 
     def directories(self, storage: Path) -> list[Path]:
         if not self._fs.exists(storage):
@@ -132,10 +139,10 @@ class FileStores:
         return replica_directories(self._fs, storage)
 
     def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:
-        return ReplicaStore.create(self._fs, storage, identity, key, epoch)
+        return ReplicaStore.create(self._fs, storage, identity, key, epoch, self._receipt_key)
 
     def open(self, directory: Path) -> Store:
-        return ReplicaStore.open(self._fs, directory)
+        return ReplicaStore.open(self._fs, directory, self._receipt_key)
 
     def reader(self, directory: Path) -> Reader:
         return ReplicaReader(self._fs, directory)

@@ -11,7 +11,7 @@ Each arrow is a durability barrier:
     head written (`write`), synced, page cache dropped, changed leaves read
     back (`settle`), tree written, roots compared, tree synced               ->
     state: head = result, applying = none                                    -> committed
-    incoming removed
+    receipt written (`receipts`; by recovery if it is missing), incoming removed
 
 Recovery, whenever a replica is opened or a commit failed in the middle:
 
@@ -68,6 +68,7 @@ from replica.store import damage
 from replica.store.head import FileHead
 from replica.store.incoming import final_path
 from replica.store.layout import HeadFormat, Layout, StoreState, save_state
+from replica.store.receipts import ReceiptBook
 from replica.store.repair import HeadRepair, make_missing
 
 
@@ -85,11 +86,13 @@ class Committer:
         keyring: Keyring,
         head_format: HeadFormat,
         state: StoreState,
+        receipts: ReceiptBook,
         now: Callable[[], Stamp] = lambda: NEVER,
     ) -> None:
         """`now` is the receiver's time, which a new head is stamped with."""
         self._fs = fs
         self._now = now
+        self._receipts = receipts
         self._layout = layout
         self._keyring = keyring
         self._head_format = head_format
@@ -122,6 +125,7 @@ class Committer:
                 with self._open(self._layout.point(delta_id)) as inverse:
                     self._rewrite(head, delta, inverse)
             self._clear_replaced(delta)
+        self._receipts.committed(self.state.head, self.state.committed)
         self._fs.unlink(final_path(self._layout, delta_id))
         return self.state.head
 
@@ -160,6 +164,7 @@ class Committer:
         self._remove_temporary()
         if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
             self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
+        self._receipts.committed(self.state.head, self.state.committed)
 
     def _remove_temporary(self) -> None:
         """What a process that was killed had not named yet. In the root only what nobody but the writer writes."""

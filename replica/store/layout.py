@@ -9,6 +9,8 @@
       head/<disk id>.tree     Merkle tree of the image
       incoming/<delta id>     received, not yet applied; `.part` and `.index` while it arrives
       points/<delta id>       inverse: undoes the delta of that id, and so holds the older point
+      receipts/<delta id>     signed receipt of the point that this delta made; `.links` beside it (see `receipts`)
+      marks/verify-…          what the last verification found, and how far this one is
       pins/<delta id>         readers of the state of that id hold a shared kernel lock on it
       pins.lock               shared while a reader takes its pin, exclusive while inverses are replaced or removed
       marks/retention         point locks and the observed time         (atomic replace)
@@ -115,6 +117,10 @@ class Layout:
         return self.root / "pins.lock"
 
     @property
+    def receipts(self) -> Path:
+        return self.root / "receipts"
+
+    @property
     def marks(self) -> Path:
         return self.root / "marks"
 
@@ -150,6 +156,9 @@ class Layout:
 
     def point(self, undone: DeltaId) -> Path:
         return self.points / str(undone)
+
+    def receipt(self, state: DeltaId) -> Path:
+        return self.receipts / str(state)
 
     def pin(self, state: DeltaId) -> Path:
         return self.pins / str(state)

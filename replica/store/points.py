@@ -60,6 +60,7 @@ class PointInfo:
     """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
 
     `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
+    `reason`: why it is not restorable, where a verification has found that.
     """
 
     state: State
@@ -67,6 +68,7 @@ class PointInfo:
     restorable: bool
     committed: Stamp = NEVER
     lost: tuple[LostRange, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,18 @@ class Chain:
         """The states that are listed, oldest first."""
         older = [link.result for link in self.links if link is not self.undoing]
         return tuple(state for state in (*reversed(older), self.state.head) if state.is_point)
+
+    @property
+    def committed_points(self) -> tuple[tuple[State, Stamp], ...]:
+        """The points, oldest first, and when each was committed."""
+        links = [link for link in reversed(self.links) if link is not self.undoing]
+        found = [*((link.result, link.committed) for link in links), (self.state.head, self.state.committed)]
+        return tuple((state, committed) for state, committed in found if state.is_point)
+
+    @property
+    def named(self) -> tuple[State, ...]:
+        """Every state that the head or any inverse names, reachable or not."""
+        return (self.state.head, *(s for link in (*self.links, *self.strays) for s in (link.base, link.result)))
 
     def since(self, top: State) -> tuple[Link, ...] | None:
         """The links between `top` and the head, nearest `top` first; None if `top` is not on the chain (any more)."""

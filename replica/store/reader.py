@@ -38,7 +38,9 @@ from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
 from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
+from replica.store.receipts import ReceiptFiles
 from replica.store.verify import DiskVerdict, verify_head
+from replica.store.verify_round import known_damage, with_damage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -100,7 +102,8 @@ class ReplicaReader:
                 if state.is_point and state.delta_id not in known and state.point < head.point:
                     known.add(state.delta_id)
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
-        return sorted(infos, key=lambda info: info.state.point)
+        infos.sort(key=lambda info: info.state.point)
+        return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
 
     def _with_lost(self, info: PointInfo, chain: Chain) -> PointInfo:
         """The point with what of it is lost, where an inverse on the way to it has lost extents."""
@@ -160,6 +163,17 @@ class ReplicaReader:
                 undo.pop_all()
             reader.on_close(lock.release)
             return reader
+
+    def receipt(self, number: int) -> bytes:
+        """The signed receipt of a point, as it lies there. PointGoneError: no such point, or none was issued yet."""
+        state, _ = self._find(self._index.chain(), number)
+        files = ReceiptFiles(self._fs, self.layout)
+        if not files.has(state.delta_id):
+            raise PointGoneError(
+                f"point {number} of machine {self.identity.machine!r} has no receipt yet",
+                hint="the receiver issues it with its next commit or start; its log says what is in the way",
+            )
+        return files.read(state.delta_id).data
 
     def verify(self, progress: Progress = silent) -> list[DiskVerdict]:
         """Check the head against its tree and the tree against the committed state (see `verify`)."""

@@ -41,6 +41,7 @@ from replica.errors import (
 )
 from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
+from replica.receipt import SignedReceipt
 from replica.store import damage
 from replica.store.commit import Committer
 from replica.store.head import FileHead, remove_leftovers
@@ -56,6 +57,9 @@ from replica.store.layout import (
     write_identity,
 )
 from replica.store.marks import Marks
+from replica.store.points import PointIndex
+from replica.store.receipt_key import ReceiptKey
+from replica.store.receipts import ReceiptBook
 from replica.store.repair import MAX_LEAVES, HeadRepair
 from replica.store.retention import Policy
 from replica.store.rotation import Rotated, Rotator
@@ -65,19 +69,30 @@ from replica.store.space import commit_bytes, full
 class ReplicaStore:
     """The writer of one replica. Made by `create` or `open`; `close` lets another process have it."""
 
-    def __init__(self, fs: FileSystem, layout: Layout, lock: Lock, identity: Identity) -> None:
+    def __init__(
+        self, fs: FileSystem, layout: Layout, lock: Lock, identity: Identity, receipt_key: ReceiptKey | None = None
+    ) -> None:
         self._fs = fs
         self._layout = layout
         self._lock = lock
         self.identity = identity
         self._keyring = Keyring(fs, layout.keys)
         self._marks = Marks(fs, layout)
+        index = PointIndex(fs, layout, self._keyring)
+        self.receipts = ReceiptBook(
+            fs,
+            layout,
+            receipt_key or ReceiptKey.of_storage(fs, layout.root.parent),
+            identity.machine,
+            lambda: index.chain().committed_points,
+        )
         self._mutex = threading.RLock()
         self._working = threading.Lock()
         self._quiet = threading.Lock()
         self._dropping, self._thinning = threading.Lock(), threading.Lock()
         self._dropper, self._thinner = (
-            Rotator(fs, layout, self._keyring, self._marks, lambda: self._quiet, lambda: self._closed) for _ in "12"
+            Rotator(fs, layout, self._keyring, self._marks, self.receipts, lambda: self._quiet, lambda: self._closed)
+            for _ in "12"
         )
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
@@ -85,8 +100,19 @@ class ReplicaStore:
         self._load()
 
     @classmethod
-    def create(cls, fs: FileSystem, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> ReplicaStore:
-        """Enrol: make the directory, its key and the empty state; `replica.toml` last, it makes it a replica."""
+    def create(
+        cls,
+        fs: FileSystem,
+        storage: Path,
+        identity: Identity,
+        key: DataKey,
+        epoch: Epoch,
+        receipt_key: ReceiptKey | None = None,
+    ) -> ReplicaStore:
+        """Enrol: make the directory, its key and the empty state; `replica.toml` last, it makes it a replica.
+
+        `receipt_key` signs receipts; the storage's own without it.
+        """
         layout = Layout(storage / str(identity.replica_id))
         fs.make_directory(layout.root)
         lock = _take_lock(fs, layout)
@@ -99,13 +125,13 @@ class ReplicaStore:
             Marks(fs, layout).ensure()
             save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
             write_identity(fs, layout, identity)
-            return cls(fs, layout, lock, identity)
+            return cls(fs, layout, lock, identity, receipt_key)
         except BaseException:
             lock.release()
             raise
 
     @classmethod
-    def open(cls, fs: FileSystem, directory: Path) -> ReplicaStore:
+    def open(cls, fs: FileSystem, directory: Path, receipt_key: ReceiptKey | None = None) -> ReplicaStore:
         """Take the lock and recover. Raises BusyError, StorageError, FormatError (nothing was changed then).
 
         A recovery that fails does not raise: the store is `stopped`.
@@ -114,7 +140,7 @@ class ReplicaStore:
         lock = _take_lock(fs, layout)
         try:
             identity = read_identity(fs, layout)
-            store = cls(fs, layout, lock, identity)
+            store = cls(fs, layout, lock, identity, receipt_key)
             heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
@@ -133,7 +159,13 @@ class ReplicaStore:
                 hint="directories were mixed up; put each file back where it came from",
             )
         self._committer = Committer(
-            self._fs, self._layout, self._keyring, self.identity.head_format, state, self._marks.now
+            self._fs,
+            self._layout,
+            self._keyring,
+            self.identity.head_format,
+            state,
+            self.receipts,
+            self._marks.now,
         )
 
     def _attempt_recovery(self) -> None:
@@ -227,6 +259,11 @@ class ReplicaStore:
                 return HeadRepair(self._fs, self._layout, head).put(disk_id, first, content)
         finally:
             self._working.release()
+
+    @property
+    def receipt(self) -> SignedReceipt | None:
+        """The head's receipt; None while there is none (`receipts.trouble` says why)."""
+        return self.receipts.newest(self.head) if self.applying is None else None
 
     def has_key(self, key: DataKey) -> bool:
         """Whether exactly this key is here."""
@@ -447,7 +484,8 @@ class ReplicaStore:
             if not self._working.acquire(blocking=False):
                 raise self._busy()
             try:
-                self._attempt_recovery()
+                with self._quiet:  # no rotation removes anything meanwhile
+                    self._attempt_recovery()
             finally:
                 self._working.release()
             if self.stopped is not None:

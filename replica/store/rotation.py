@@ -25,6 +25,7 @@ from replica.store.layout import Layout
 from replica.store.marks import Marks
 from replica.store.pins import Removal, removing
 from replica.store.points import Chain, Link, PointIndex
+from replica.store.receipts import ReceiptBook
 from replica.store.retention import Decision, Kept, Policy, decide
 from replica.store.thin import FAN_IN, check, compose_links, final_name
 
@@ -93,6 +94,7 @@ class Rotator:
         layout: Layout,
         keyring: Keyring,
         marks: Marks,
+        receipts: ReceiptBook,
         quiet: Callable[[], AbstractContextManager[object]],
         stopping: Callable[[], bool],
     ) -> None:
@@ -101,6 +103,7 @@ class Rotator:
         self._layout = layout
         self._keyring = keyring
         self._marks = marks
+        self._receipts = receipts
         self._quiet = quiet
         self._stopping = stopping
         self._index = PointIndex(fs, layout, keyring)
@@ -132,6 +135,8 @@ class Rotator:
                 dropped.append(delta_id)
             if dropped:
                 self._forget(set(dropped))
+            if not self._index.damaged:  # what a crash left; a point behind a damaged inverse may come back
+                self._receipts.keep_only({state.delta_id for state in chain.named} - set(dropped))
             return Rotated(tuple(numbers[d] for d in dropped if d in numbers), (), freed)
 
     def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
@@ -237,6 +242,7 @@ class Rotator:
         return any(state.delta_id in removal.pinned for state in states[: newest + 1])
 
     def _forget(self, gone: set[DeltaId]) -> None:
+        self._receipts.forget(gone)
         with suppress(DamageError):
             self._marks.forget(gone)
 

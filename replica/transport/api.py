@@ -122,5 +122,8 @@ class PointSource(Protocol):
     ) -> Iterator[bytes]:
         """A disk's bytes at a point, piece by piece, in bounded memory."""
 
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        """The signed receipt of a point, byte for byte. PointGoneError: no such point, or none was issued yet."""
+
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         """`count` Merkle digests (32 bytes each) of the head, from node `first` of `level`; level 0 is the leaves."""

@@ -131,6 +131,9 @@ class HttpReceiver:
             other.close()
             self._bytes_of_reads += other.bytes_sent
 
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        return self._connection.exchange("GET", f"/v1/replicas/{replica_id}/points/{point}/receipt")[1]
+
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         query = f"level={level}&first={first}&count={count}"
         return self._connection.exchange("GET", f"/v1/replicas/{replica_id}/disks/{disk_id}/tree?{query}")[1]

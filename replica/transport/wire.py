@@ -85,7 +85,8 @@ class ReplicaInfo(Frozen, frozen=True):
     done); `receiving` the one that is open for segments. `stopped` says why
     the replica takes nothing at present; everything it has is kept.
     `damaged` are leaves of the head that rotted (at most `MAX_DAMAGED_LEAVES`
-    at a time): the sender sends what the source has in them.
+    at a time): the sender sends what the source has in them. `receipt`
+    is the head's (docs/FORMAT.md), null in lists and while there is none.
     """
 
     replica_id: ReplicaId
@@ -97,6 +98,7 @@ class ReplicaInfo(Frozen, frozen=True):
     receiving: DeltaId | None = None
     stopped: Problem | None = None
     damaged: tuple[DamagedLeaves, ...] = ()
+    receipt: bytes | None = None
 
 
 class StillDamaged(Frozen, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from replica.errors import (
 )
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, DiskId, Epoch, ReplicaId, random_id
+from replica.receipt import check_shipped, decode_public, parse
 from replica.transport.wire import Adopt, Begin, Enrol, GrainQuery, ReplicaInfo, TreeQuery
 from tests.conformance.conftest import Both, Way
 from tests.store.small_primary import Made, SmallPrimary
@@ -69,7 +71,8 @@ def test_the_life_of_a_replica(way: Way) -> None:
     for _ in range(7):
         primary.scribble()
         info = sync(receiver, primary)
-    assert receiver.replicas("web-1") == [info] == [receiver.replica(primary.replica_id)]
+    assert info == receiver.replica(primary.replica_id)
+    assert receiver.replicas("web-1") == [msgspec.structs.replace(info, receipt=None)]
     points = receiver.points(primary.replica_id)
     assert [p.state.point for p in points] == [3, 4, 5, 6, 7]
     assert all(p.restorable for p in points)
@@ -284,6 +287,7 @@ def test_nobody_else_sees_or_writes_it(way: Way) -> None:
         lambda: other.points(primary.replica_id),
         lambda: list(other.read(primary.replica_id, 1, primary.ids["os"])),
         lambda: other.tree(primary.replica_id, primary.ids["os"], 0, 0, 1),
+        lambda: other.receipt(primary.replica_id, 1),
     ):
         with pytest.raises((ForbiddenError, TransportError), match="belongs to another primary|damaged on the way"):
             call()
@@ -350,6 +354,28 @@ def test_what_a_tracker_is_rebuilt_from(way: Way) -> None:
     for wrong in ([(1, 1), (0, 1)], [(0, 2), (1, 1)], [(0, 0)], [], [(i, 1) for i in range(0, 5000, 2)], [(0, 70000)]):
         with pytest.raises(ValueError, match="range"):
             TreeQuery(head.delta_id, 0, wrong)
+
+
+def test_a_point_has_a_receipt_and_a_commit_is_answered_with_it(way: Way) -> None:
+    receiver, primary = way.connect("hv-1"), way.primary()
+    assert receiver.enrol(primary.replica_id, enrolment(primary)).receipt is None
+    key = None
+    for point in (1, 2):
+        primary.scribble()
+        made = primary.make()
+        begin(receiver, primary, made)
+        for number, offset, digest, blob in made.segments:
+            receiver.put_segment(primary.replica_id, made.delta_id, number, offset, digest, blob)
+        data = commit(receiver, primary, made).receipt
+        primary.acknowledge(made)
+        assert data is not None
+        assert receiver.receipt(primary.replica_id, point) == data == receiver.replica(primary.replica_id).receipt
+        key = key or decode_public((way.storage / "receipt.pub").read_bytes(), "it")
+        parse(data).verify(key)
+        check_shipped(parse(data), made.result)
+        assert [info.receipt for info in receiver.replicas()] == [None]
+    with pytest.raises(PointGoneError):
+        receiver.receipt(primary.replica_id, 3)
 
 
 def test_parts_of_a_disk(way: Way) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from primary_lab import Lab, Link, MiB
 
 from replica import images
@@ -37,7 +38,9 @@ from replica.primary.cycle import sync_machine
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.spec import DiskSpec
+from replica.receipt import SignedReceipt, sign
 from replica.store import replica_directories
+from replica.store.receipts import ReceiptBook
 from replica.transport.wire import to_problem
 
 
@@ -258,6 +261,41 @@ def test_a_lost_commit_answer_is_found_out_by_the_next_cycle(lab: Lab) -> None:
     result = lab.sync()
     assert (result.point, result.mode, result.bytes_changed) == (2, Mode.INCREMENTAL, 0)
     lab.assert_equal(1)
+
+
+@pytest.mark.parametrize("answer_lost", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_receipt_of_something_else_is_not_believed(lab: Lab, first: bool, answer_lost: bool) -> None:
+    """A receiver that signs other roots than were shipped: the point is made good by shipping everything."""
+    if not first:
+        lab.scribble("os", 0, 65536)
+        lab.sync()
+        assert (lab.root / "state/web-1/receipt").read_bytes() == lab.reader().receipt(1)
+    lab.scribble("os", 0, 65536)
+    link, lies = lab.link(), [0]
+    honest = ReceiptBook.newest
+
+    def lie(book: ReceiptBook, head: State) -> SignedReceipt | None:
+        signed = honest(book, head)
+        if signed is None or head.point != (1 if first else 2):
+            return signed
+        lies[0] += 1
+        wrong = [msgspec.structs.replace(disk, root="0" * 64) for disk in signed.receipt.disks]
+        return sign(msgspec.structs.replace(signed.receipt, disks=tuple(wrong)), Ed25519PrivateKey.generate())
+
+    if answer_lost:
+        cut(link, "commit", *range(100), after=True)
+        with pytest.raises(TransportError):
+            lab.sync(link, retry_seconds=0)
+        link = lab.link()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReceiptBook, "newest", lie)
+        result = lab.sync(link)
+    assert lies[0] and result.mode is Mode.RESYNC
+    assert (lab.root / "state/web-1/receipt").read_bytes() == lab.reader().receipt(result.point)
+    lab.assert_equal()
+    lab.scribble("os", 4096, 4096)
+    assert lab.sync().mode is Mode.INCREMENTAL
 
 
 def test_a_commit_that_never_arrived_is_shipped_anew(lab: Lab) -> None:

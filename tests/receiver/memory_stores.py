@@ -38,6 +38,7 @@ from replica.model import (
     State,
     random_id,
 )
+from replica.receipt import SignedReceipt
 from replica.store import Identity, PointInfo, Policy, Rotated
 from replica.store.space import Space, SpaceLimits, judge
 
@@ -72,6 +73,7 @@ class MemoryStore:
         self.receiving: DeltaId | None = None
         self.received: DeltaId | None = None
         self.stopped: ReplicaError | None = None
+        self.receipt: SignedReceipt | None = None
         self.segments: dict[int, bytes] = {}
         self.states: list[State] = []
         self.tail = b""
@@ -206,6 +208,9 @@ class MemoryReader:
             if state.point == number:
                 return MemoryPoint(state, self._stores)
         raise PointGoneError(f"no point {number}")
+
+    def receipt(self, number: int) -> bytes:
+        raise PointGoneError(f"no receipt of point {number}")
 
 
 class MemoryStores:
