@@ -223,7 +223,8 @@ class _Cycle:
                     snapshot.consistency,
                     states,
                 )
-                journal.finish(JournalSummary(ship.base.delta_id, result, fresh))
+                sizes = tuple(tracker.base_bytes for tracker in trackers)
+                journal.finish(JournalSummary(ship.base.delta_id, result, fresh, sizes))
             shipment.commit(result, self.wait_limit_seconds)
         self.directory.fold_pending(record)
         return SyncResult(

@@ -7,7 +7,7 @@
       pending       journal of a delta whose commit may have been asked for
       folding       journal of a committed delta that is being folded in
       status.json   what happened last, for `replica status`; worth nothing else
-      disks/<id>/   secret, digests, leaves (see `tracking.hash`)
+      disks/<id>/   secret, digests, windows, leaves (see `tracking.hash`)
 
 Losing all of it costs reading the disks once: the replica is found again by
 the certificate, and its key is not here but in `keys`.

@@ -1,9 +1,10 @@
 """The hash tracker: which grains differ from the last committed point, found by reading the image once.
 
-Per disk there is a directory of three files:
+Per disk there is a directory of four files:
 
     secret    192 random bytes, the key of the grain digests (0600)
     digests   u64 per grain: keyed XXH3-64 of its content, 0 where it is all zero; a sparse file (see `digests`)
+    windows   which state that is, and a hash per window of digests
     leaves    the disk's Merkle tree (`merkle.FileNodes`)
 
 They say what the disk held at the last committed point, and only `fold` ever
@@ -23,6 +24,10 @@ nothing has been written but the journal.
 What the image has not allocated is not read. Where it has allocated nothing and
 the stored digests (found by the data runs of their sparse file) are all zero, a
 window is not even looked at; where they are not, its grains became zero.
+
+The disk may have another size than at the last committed point: grains beyond
+the base's end were zero, and of a disk that was cut the leaf at the cut is
+hashed anew, since it may have lost content without a grain in it changing.
 
 A scan is `fresh` when the trackers cannot be trusted or are not there: then
 every grain is covered, allocated or not, as a window or as a `Gap`.
@@ -52,12 +57,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replica import _native
-from replica.durable import File, FileSystem
+from replica.durable import FileSystem
 from replica.errors import TrackerDamageError
 from replica.images import Image
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree
-from replica.model import DIGEST_BYTES, Disk, State
-from replica.tracking.digests import WindowHashes, count_windows, read_id
+from replica.model import DIGEST_BYTES, Disk, DiskState, State
+from replica.tracking.digests import NAMES, DigestTable, count_windows
 from replica.tracking.journal import WINDOW_BYTES, JournalRecord, JournalWriter, grains_per_window
 from replica.tracking.spans import Span, common_spans, merge_spans, spans_of_image, spans_of_runs
 
@@ -106,6 +111,12 @@ class HashTracker:
         self.known = self._fits()
         """What is stored says that it is `base` (whether it can be trusted is not known here)."""
 
+    @property
+    def base_bytes(self) -> int:
+        """The disk's size at `base`; the size it has now if `base` does not know it."""
+        state = self.base.disk(self.disk.id) if self.base is not None else None
+        return state.disk.size_bytes if state is not None else self.disk.size_bytes
+
     def _load_secret(self) -> bytes:
         path = self.directory / "secret"
         if self._fs.exists(path):
@@ -113,20 +124,21 @@ class HashTracker:
             if len(secret) == SECRET_BYTES:
                 return secret
         # Digests under another secret are worth nothing; they go before the new one is there.
-        self._fs.unlink(self.directory / "digests")
-        self._fs.unlink(self.directory / "leaves")
+        for name in (*NAMES, "leaves"):
+            self._fs.unlink(self.directory / name)
         secret = os.urandom(SECRET_BYTES)
         self._fs.replace_bytes(path, secret, private=True)
         return secret
 
     def _fits(self) -> bool:
-        digests, leaves = self.directory / "digests", self.directory / "leaves"
-        if self.base is None or self.base.is_empty or self.base.disk(self.disk.id) is None:
+        state = self.base.disk(self.disk.id) if self.base is not None else None
+        if self.base is None or state is None or not self._fs.exists(self.directory / "leaves"):
             return False
-        if not self._fs.exists(digests) or not self._fs.exists(leaves):
+        table = DigestTable.open(self._fs, self.directory, state.disk)
+        if table is None:
             return False
-        with self._fs.open(digests) as file:
-            return read_id(file, self.disk) == self.base.delta_id
+        with table:
+            return table.fits and table.read_id() == self.base.delta_id
 
     def scan(
         self,
@@ -174,56 +186,65 @@ class Scan:
         grains = grains_per_window(self.disk)
         self._old, self._new = np.zeros(grains, np.uint64), np.zeros(grains, np.uint64)
         self._dirty = np.zeros(grains, np.uint8)
+        self._before = self._base.disk(self.disk.id) if self._base is not None and not fresh else None
         self._leaves = np.zeros((WINDOW_BYTES // self.disk.leaf_bytes, DIGEST_BYTES), np.uint8)
 
     def __iter__(self) -> Iterator[Window | Gap]:
-        if self._fresh:
+        if self._before is None:
             yield from self._run(None, MerkleTree(MemoryNodes(), self.disk.leaf_bytes))
             return
-        with self._fs.open(self._directory / "digests") as digests, self._fs.open(self._directory / "leaves") as leaves:
+        table = DigestTable.open(self._fs, self._directory, self._before.disk)
+        assert table is not None
+        with table, self._fs.open(self._directory / "leaves") as leaves:
             tree = MerkleTree(FileNodes(leaves), self.disk.leaf_bytes)
-            self._check_root(tree)
-            yield from self._run(digests, tree)
+            self._check_root(tree, self._before)
+            yield from self._run(table, tree)
 
-    def _check_root(self, tree: MerkleTree) -> None:
-        state = self._base.disk(self.disk.id) if self._base is not None else None
-        if state is None or tree.root(self.disk.size_bytes) != state.root:
+    def _check_root(self, tree: MerkleTree, before: DiskState) -> None:
+        if tree.root(before.disk.size_bytes) != before.root:
             raise TrackerDamageError(
                 f"what is known of disk {self.disk.name!r} is damaged: its Merkle tree has another root "
                 f"({self._directory})"
             )
 
-    def _run(self, digests: File | None, tree: MerkleTree) -> Iterator[Window | Gap]:
+    @property
+    def _cut_leaf(self) -> int | None:
+        """The leaf in which the disk was cut, if it was: part of it may be gone, and no grain in it need differ."""
+        if self._before is None or self._before.disk.size_bytes <= self.disk.size_bytes:
+            return None
+        return self.disk.size_bytes // self.disk.leaf_bytes if self.disk.size_bytes % self.disk.leaf_bytes else None
+
+    def _run(self, table: DigestTable | None, tree: MerkleTree) -> Iterator[Window | Gap]:
         update = tree.update(write=False)
-        hashes = WindowHashes(digests, self.disk) if digests is not None else None
         passed = 0 if self._candidates is None else count_windows(self.disk)
         covered = 0
-        for span, buffer in self._read_ahead(self._spans(digests)):
+        for span, buffer in self._read_ahead(self._spans(table)):
             first = span.window * grains_per_window(self.disk)
             if self._fresh and covered < first:
                 yield Gap(covered, first)
-            if hashes is not None:
-                hashes.check_zero(passed, span.window)
+            if table is not None:
+                table.check_zero(passed, span.window)
                 passed = max(passed, span.window + 1)
-            window, record = self._look(first, buffer, digests, hashes)
+            window, record = self._look(first, buffer, table)
             self._journal.add(record)
             first_leaf = first // self.disk.grains_per_leaf
             for start, stop in consecutive(record.leaves):
                 update.put(first_leaf + int(record.leaves[start]), record.leaf_digests[start:stop])
             yield window
             covered = first + window.count_grains
-        if hashes is not None:
-            hashes.check_zero(passed, count_windows(self.disk))
+        if table is not None:
+            table.check_zero(passed, count_windows(self.disk))
         if self._fresh and covered < self.disk.count_grains:
             yield Gap(covered, self.disk.count_grains)
+        if self._before is not None and self.disk.size_bytes < self._before.disk.size_bytes:
+            update.truncate(self.disk.count_leaves)
         self.root = update.root(self.disk.size_bytes)
 
-    def _spans(self, digests: File | None) -> Iterator[Span]:
+    def _spans(self, table: DigestTable | None) -> Iterator[Span]:
         spans = spans_of_image(self._image, self.disk.size_bytes)
-        if digests is not None:
-            per_window = grains_per_window(self.disk) * 8
-            runs = ((start, start + length) for start, length in digests.data_runs(0, self.disk.count_grains * 8))
-            spans = merge_spans(spans, spans_of_runs(runs, per_window))
+        if table is not None:
+            runs = table.runs(count_windows(self.disk))
+            spans = merge_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
         if self._candidates is not None:
             runs = ((first, first + count) for first, count in self._candidates.runs())
             spans = common_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
@@ -268,22 +289,23 @@ class Scan:
         buffer[done - start : padded] = 0
         return padded
 
-    def _look(
-        self, first: int, buffer: Bytes, digests: File | None, hashes: WindowHashes | None
-    ) -> tuple[Window, JournalRecord]:
+    def _look(self, first: int, buffer: Bytes, table: DigestTable | None) -> tuple[Window, JournalRecord]:
         """Hash and compare one window: what the caller gets, and what the journal gets."""
         disk, count = self.disk, len(buffer) // self.disk.grain_bytes
         new, dirty = self._new[:count], self._dirty[:count]
         old = None
-        if digests is not None and hashes is not None:
+        if table is not None:
+            table.read(first // grains_per_window(disk), self._old)
+            table.check(first // grains_per_window(disk), self._old)
             old = self._old[:count]
-            old[digests.read_into(first * 8, old.data) // 8 :] = 0
-            hashes.check(first // grains_per_window(disk), old)
         _native.scan(buffer, disk.grain_bytes, self._secret, old, new, dirty)
         zero = (new == 0).view(np.uint8)
         changed = np.flatnonzero(new if old is None else dirty)
         select = np.zeros(-(-count // disk.grains_per_leaf), np.uint8)
         select[changed // disk.grains_per_leaf] = 1
+        cut = -1 if self._cut_leaf is None else self._cut_leaf - first // disk.grains_per_leaf
+        if 0 <= cut < len(select):
+            select[cut] = 1
         leaves = np.flatnonzero(select)
         if len(leaves):
             _native.hash_leaves(

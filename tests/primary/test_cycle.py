@@ -475,12 +475,13 @@ def test_digests_that_became_a_hole_ship_everything_once(lab: Lab) -> None:
 def test_digests_of_another_point_are_not_compared_with(lab: Lab) -> None:
     lab.scribble("os", 0, 5 * MiB)
     lab.sync()
-    digests = disks_directory(lab) / disk_id(lab, "os") / "digests"
-    before = digests.read_bytes()
+    files = [disks_directory(lab) / disk_id(lab, "os") / name for name in ("digests", "windows")]
+    before = [file.read_bytes() for file in files]
     earlier = lab.copy()
     lab.scribble("os", MiB, 4096)
     lab.sync()
-    digests.write_bytes(before)
+    for file, data in zip(files, before, strict=True):
+        file.write_bytes(data)
     lab.write("os", MiB, earlier["os"][MiB : MiB + 4096])
     assert lab.sync().bytes_changed == 5 * MiB, "read anew"
     lab.assert_equal()
@@ -501,7 +502,7 @@ def test_a_stopped_replica_without_a_head_is_not_taken_for_none(lab: Lab) -> Non
     assert lab.sync().mode is Mode.RESYNC
 
 
-@pytest.mark.parametrize("what", ["digests", "leaves", "secret"])
+@pytest.mark.parametrize("what", ["digests", "windows", "leaves", "secret"])
 def test_a_tracker_that_lost_a_file_reads_its_disk_anew(lab: Lab, what: str) -> None:
     lab.scribble("os", 0, 5 * MiB)
     lab.scribble("data", 0, 3 * MiB)
@@ -562,7 +563,9 @@ def test_keys_are_private_and_never_in_state(lab: Lab) -> None:
     assert key.stat().st_mode & 0o777 == 0o600
     secret = Keyring(lab.fs, key.parent).newest
     assert secret is not None
-    for path in (p for p in lab.spec.state.rglob("*") if p.is_file() and p.name not in ("digests", "leaves")):
+    for path in (
+        p for p in lab.spec.state.rglob("*") if p.is_file() and p.name not in ("digests", "windows", "leaves")
+    ):
         assert secret.secret not in path.read_bytes()
     assert lab.spec.machine_directory("web-1").stat().st_mode & 0o077 == 0
 

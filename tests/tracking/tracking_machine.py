@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -83,7 +84,8 @@ class Machine:
             epoch = Epoch(1, UUID(int=7))
             states = (DiskState(self.disk, scan.root),)
             result = State(ReplicaId(UUID(int=9)), DeltaId(random_id()), 1, epoch, 5, Consistency.CRASH, states)
-            journal.finish(JournalSummary(self.head.delta_id if self.head else EMPTY_DELTA_ID, result, (fresh,)))
+            base = self.head.delta_id if self.head else EMPTY_DELTA_ID
+            journal.finish(JournalSummary(base, result, (fresh,), (tracker.base_bytes,)))
         return pieces, result
 
     def fold(self) -> None:
@@ -92,6 +94,9 @@ class Machine:
             journal.accept()
             fold(self.fs, self.directory, journal)
             journal.remove()
+
+    def resize(self, size_bytes: int) -> None:
+        self.disk = msgspec.structs.replace(self.disk, size_bytes=size_bytes)
 
     def cycle(self, image: MemoryImage, **options: object) -> tuple[list[Window | Gap], State]:
         found = self.scan(image, **options)  # type: ignore[arg-type]
