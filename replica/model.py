@@ -200,7 +200,12 @@ class State(Frozen, frozen=True, omit_defaults=True):
     @property
     def roots(self) -> dict[str, str]:
         """Disk name -> Merkle root in hex, as every `--json` output shows it."""
-        return {d.disk.name: d.root.hex() for d in self.disks}
+        return {d.disk.name: d.root.hex() for d in self.machine_disks}
+
+    @property
+    def machine_disks(self) -> tuple[DiskState, ...]:
+        """The machine's disks: all but the one that holds its configuration files."""
+        return tuple(d for d in self.disks if d.disk.id != self.files)
 
 
 def rfc3339(time_ns: int) -> str:

@@ -33,7 +33,9 @@ def restore(
     """Write a recovery point of MACHINE into DIR as one image per disk.
 
     The content is checked against the point's Merkle roots before a file gets
-    its name: what is called DIR/os.raw is the disk as it was. Works whether
+    its name: what is called DIR/os.raw is the disk as it was. Files that travel
+    with the machine (`files` in the sender's configuration) go to DIR/files/,
+    each under the path that it has at the primary. Works whether
     `serve` runs or not, and replication goes on meanwhile.
 
     \b
@@ -44,17 +46,21 @@ def restore(
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
     from replica.durable import FileSystem
-    from replica.store import HeadFormat, restore_point
+    from replica.store import HeadFormat, read_files, restore_point
 
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     form: HeadFormat = "vhd" if (image_format or reader.identity.head_format) == "vhd" else "raw"
     with reader.open_point(point) as opened, bars(as_json) as bar:
         files = restore_point(fs, opened, target, form, bar(f"restore {machine}"))
+        machine_files = [str(target / "files" / path) for path in read_files(opened)]
         number = opened.state.point
     if as_json:
-        print_json({"point": number, "files": {name: str(path) for name, path in files.items()}})
+        disks = {name: str(path) for name, path in files.items()}
+        print_json({"point": number, "files": disks, "machine_files": machine_files})
         return
     click.echo(f"point {number} of {machine} is restored and checked:")
     for name, path in files.items():
         click.echo(f"  {name}: {path}")
+    for file in machine_files:
+        click.echo(f"  {file}")

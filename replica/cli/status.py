@@ -76,7 +76,7 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
         "restorable": all(p.restorable for p in listed) and not reader.damaged,
         "damaged": [str(path) for path in reader.damaged],
         "applying": None if reader.applying is None else str(reader.applying),
-        "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
+        "disks": {d.disk.name: d.disk.size_bytes for d in head.machine_disks},
         "roots": head.roots,
     }
 

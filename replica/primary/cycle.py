@@ -29,18 +29,18 @@ import time
 
 import msgspec
 
-from replica import images
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
 from replica.errors import BusyError, RootMismatchError, TrackerDamageError
-from replica.model import Consistency, DeltaId, Disk, DiskState, Frozen, ReplicaId, State, random_id
+from replica.model import Consistency, DeltaId, DiskState, Frozen, ReplicaId, State, random_id
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
-from replica.primary.enrol import UNKNOWN_DISK_ID, adopt, become_another, contact, current_disks, look
+from replica.primary.disks import Wanted, files_disk, known_disks, match_disks, measure
+from replica.primary.enrol import adopt, become_another, contact, look
 from replica.primary.reading import Reading
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.retry import Patience
 from replica.primary.shipment import Shipment
-from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
+from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
@@ -121,10 +121,9 @@ class _Cycle:
         self.sent_before = receiver.bytes_sent
 
     def run(self) -> SyncResult:
-        measured = tuple(self._measure(disk) for disk in self.machine.disks)
-        record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, measured)
-        disks = current_disks(record, measured)
-        record, ship = self._agree(record, info, disks)
+        wanted = measure(self.fs, self.machine)
+        record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, wanted)
+        record, ship = self._agree(record, info, wanted)
         try:
             return self._ship(record, key, ship)
         except (RootMismatchError, TrackerDamageError) as error:
@@ -132,23 +131,21 @@ class _Cycle:
             record = self.directory.load() or record
             record = self.directory.save(msgspec.structs.replace(record, trusted=False))
         info = self._look(record)
-        record, ship = self._agree(record, info, disks)
+        record, ship = self._agree(record, info, wanted)
         return self._ship(record, key, ship)
-
-    def _measure(self, disk: DiskSpec) -> Disk:
-        """The disk as its image is now; its id is not known here."""
-        with images.open(disk.image, disk.format, fs=self.fs) as image:
-            return Disk(UNKNOWN_DISK_ID, disk.name, image.size_bytes, image.sector_bytes)
 
     # --- agreeing on where to start ---
 
-    def _agree(self, record: MachineRecord, info: ReplicaInfo, disks: tuple[Disk, ...]) -> tuple[MachineRecord, Ship]:
+    def _agree(
+        self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]
+    ) -> tuple[MachineRecord, Ship]:
         """Do what the plan says until it says to ship. Raises what the plan raises, and BusyError at last."""
         deadline = time.monotonic() + self.wait_limit_seconds
         delay = 0.05
         while True:
+            record = self._match(record, info, wanted)
             primary = PrimaryView(
-                record.machine, record.epoch, disks, record.head, self.directory.pending(), record.trusted
+                record.machine, record.epoch, record.disks, record.head, self.directory.pending(), record.trusted
             )
             step = next_step(primary, ReplicaView(info.epoch, info.head, info.applying, info.receiving))
             if isinstance(step, Ship):
@@ -167,9 +164,14 @@ class _Cycle:
             self._cancel_or_wait(step, record, delay)
             delay = min(2 * delay, 1.0)
             info = self._look(record)
-        if step.mode is Mode.INITIAL and record.disks != disks:
-            record = self.directory.save(msgspec.structs.replace(record, disks=disks))
         return record, step
+
+    def _match(self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]) -> MachineRecord:
+        """Which disk is which, noted before anything is tracked under its id."""
+        disks, paths = match_disks(wanted, known_disks(record.disks, record.images, info.head))
+        if (disks, paths) == (record.disks, record.images):
+            return record
+        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths))
 
     def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
         _log.warning(
@@ -222,6 +224,7 @@ class _Cycle:
                     snapshot.frozen_at_ns,
                     snapshot.consistency,
                     states,
+                    files=files_disk(record.disks),
                 )
                 sizes = tuple(tracker.base_bytes for tracker in trackers)
                 journal.finish(JournalSummary(ship.base.delta_id, result, fresh, sizes))

@@ -18,7 +18,9 @@ from replica.delta import DATA, DeltaSealer, Packer, Rows, hole_rows, window_row
 from replica.durable import FileSystem
 from replica.errors import SizeChangedError
 from replica.images import Image
-from replica.model import Disk, State
+from replica.machine_files import FILES_DISK_NAME
+from replica.model import Disk, DiskState, State
+from replica.primary.files import FilesImage
 from replica.primary.sealing import Sealing
 from replica.primary.shipment import Shipment
 from replica.primary.spec import MachineSpec
@@ -45,6 +47,7 @@ class Reading:
         self._shipment, self._sealer, self._journal = shipment, sealer, journal
         self._progress = progress
         self._total = 0
+        self._files: FilesImage | None = None
         self.scanned = 0
         """Bytes read from the images."""
         self.changed = 0
@@ -59,6 +62,8 @@ class Reading:
         """
         paths = {disk.name: disk.image for disk in self._machine.disks}
         roots = []
+        removed = (state.disk for state in base.disks)  # a delta's table names them, too (`delta.change`)
+        table = sorted({disk.id for disk in (*removed, *(tracker.disk for tracker in trackers))})
         with Sealing(self._sealer, self._shipment.put) as sealing:
             packer = Packer(sealing.add)
             with freeze(self._fs, self._directory, self._machine.name, paths, self._machine.freezing) as snapshot:
@@ -74,15 +79,20 @@ class Reading:
                         self._total = sum(stop - start for i in opened for start, stop in i.allocated(0, i.size_bytes))
                     for index, (tracker, image) in enumerate(zip(trackers, opened, strict=True)):
                         scan = tracker.scan(image, self._journal, index, fresh=fresh[index], check=check_all)
-                        self._read_disk(scan, index, packer, in_base=base.disk(tracker.disk.id) is not None)
+                        self._read_disk(scan, table.index(tracker.disk.id), packer, base.disk(tracker.disk.id))
                         roots.append(scan.root)
                     packer.flush()
+                    if self._files is not None and self._machine.freeze is None:
+                        self._files.check()
                 snapshot.finish()
             sealing.finish()
         return snapshot, roots
 
     def _open(self, snapshot: Snapshot, disk: Disk) -> Image:
         """The image to read, or the snapshot of it that `freeze` named; in the image's format either way."""
+        if disk.name == FILES_DISK_NAME:
+            self._files = FilesImage(self._fs, self._machine.files)
+            return self._files
         spec = next(spec for spec in self._machine.disks if spec.name == disk.name)
         path = snapshot.paths[disk.name]
         image = images.open(path, images.format_of(spec.image, spec.format), fs=self._fs)
@@ -98,9 +108,9 @@ class Reading:
             raise
         return image
 
-    def _read_disk(self, scan: Scan, index: int, packer: Packer, *, in_base: bool) -> None:
-        """Scan one disk into the packer. `in_base`: the delta's base has it; otherwise zeros need not be said."""
-        base_grains = scan.disk.count_grains if in_base else 0
+    def _read_disk(self, scan: Scan, index: int, packer: Packer, base: DiskState | None) -> None:
+        """Scan one disk into the packer. `base`: as the delta's base has it; zeros beyond that need not be said."""
+        base_grains = base.disk.count_grains if base is not None else 0
         before = self.scanned
         for piece in scan:
             rows = _add(piece, scan.disk, index, packer, base_grains)

@@ -53,6 +53,7 @@ class MachineRecord(Frozen, frozen=True):
 
     `epoch.holder` is random and names this state directory (while ADOPTING
     `epoch` still is the former writer's, and `holder` says who will be).
+    `disks` are those of the configuration when it was last looked at, `images` where each is read from.
     `head` is the newest state known to be committed, `trusted` whether the
     trackers describe it.
     """
@@ -66,6 +67,7 @@ class MachineRecord(Frozen, frozen=True):
     disks: tuple[Disk, ...]
     head: State | None = None
     trusted: bool = True
+    images: tuple[str, ...] = ()
 
 
 class MachineDirectory:
@@ -156,5 +158,14 @@ class MachineDirectory:
             _log.warning("machine %r: %s", record.machine, error)
             record = msgspec.structs.replace(record, trusted=False)
         self.save(record)
+        self._remove_trackers_but(record)
         self._fs.unlink(path)
         return record
+
+    def _remove_trackers_but(self, record: MachineRecord) -> None:
+        """Forget disks that neither the newest state nor the configuration has any more."""
+        states = record.head.disks if record.head is not None else ()
+        kept = {str(disk.id) for disk in (*record.disks, *(state.disk for state in states))}
+        for name in self._fs.list_names(self.path / "disks"):
+            if name not in kept:
+                self._fs.remove_tree(self.path / "disks" / name)

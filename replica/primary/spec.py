@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from replica.machine_files import FILES_DISK_NAME
 from replica.model import Consistency, check_name
 from replica.tracking.instant import Command, FreezeSpec
 from replica.transport.tls import TlsFiles
@@ -20,14 +21,20 @@ DEFAULT_PARALLEL = 4
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """One disk of a machine and the image that holds it. `format` None: told by the image's name."""
+    """One disk of a machine and the image that holds it. `format` None: told by the image's name.
+
+    `formerly`: what it was called before, where its name and its image's path changed at once (see `disks`).
+    """
 
     name: str
     image: Path
     format: str | None = None
+    formerly: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "disk name")
+        if self.name == FILES_DISK_NAME:
+            raise ValueError(f"disk name {self.name!r} is reserved for the machine's files")
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class MachineSpec:
 
     `freeze` and `thaw` are commands (a list is an argv, a string is run by
     `sh -c`); see `tracking.instant`. `consistency` is what they achieve and
-    only counts when they are configured.
+    only counts when they are configured. `files` are small files that travel with each point (`files`).
     """
 
     name: str
@@ -47,6 +54,7 @@ class MachineSpec:
     thaw: Command | None = None
     freeze_limit_seconds: float = DEFAULT_FREEZE_LIMIT_SECONDS
     consistency: Consistency = Consistency.CRASH
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name, "machine name")

@@ -4,6 +4,7 @@
 from any process at any time. `commit` is the protocol that both rely on.
 """
 
+from replica.store.files import read_files
 from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
 from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
@@ -23,6 +24,7 @@ __all__ = [
     "ReplicaReader",
     "ReplicaStore",
     "StoreState",
+    "read_files",
     "replica_directories",
     "restore_point",
     "verify_head",
