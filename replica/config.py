@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP_LAST = 24
 DEFAULT_FREEZE_LIMIT = "30s"
+DEFAULT_AUDIT_PERIOD = "7d"
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -102,6 +103,7 @@ class MachineTable(msgspec.Struct, frozen=True):
     freeze_limit: Text = DEFAULT_FREEZE_LIMIT
     consistency: Consistency = Consistency.CRASH
     files: tuple[Text, ...] = ()
+    audit_period: Text = DEFAULT_AUDIT_PERIOD
 
 
 class SenderFile(msgspec.Struct, frozen=True):
@@ -248,7 +250,8 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
     except ValueError as error:
         source.fail((*place, "to"), str(error), "write https://host:port")
     seconds = {}
-    for key, text in (("every", table.every), ("freeze_limit", table.freeze_limit)):
+    durations = {"every": table.every, "freeze_limit": table.freeze_limit, "audit_period": table.audit_period}
+    for key, text in durations.items():
         try:
             seconds[key] = parse_duration(text)
         except ValueError as error:
@@ -266,6 +269,7 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
             thaw=table.thaw,
             freeze_limit_seconds=seconds["freeze_limit"],
             consistency=table.consistency,
+            audit_period_seconds=seconds["audit_period"],
             files=_files(source, table.files, place),
         )
     except ValueError as error:
@@ -281,7 +285,7 @@ def _files(source: Source, files: tuple[str, ...], place: toml.Place) -> tuple[P
         try:
             archive_path(path)
         except ValueError as error:
-            source.fail((*place, "files", number), str(error), "name the file itself")
+            source.fail((*place, "files", number), f"`files`: {error}", "name the file itself")
         if path in paths[:number]:
             source.fail((*place, "files", number), f"file {path} is named twice", "name each once")
     return tuple(paths)

@@ -45,6 +45,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "bytes": p.stored_bytes,
                     "roots": p.state.roots,
                     "restorable": p.restorable,
+                    "notes": list(p.state.notes),
                 }
                 for p in listed
             ]

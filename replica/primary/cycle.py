@@ -18,7 +18,9 @@ the journal is there, and the plan finds out what became of it.
 
 If the receiver finds other roots than the manifest names, or what is stored of a
 disk does not fit together, the trackers do not describe what they should: they
-are not trusted any more, and the same call ships everything once.
+are not trusted any more, and the same call ships everything once. If the audit finds
+that an integration's tracker missed a change (`tracking.audit`), that tracker is
+not believed of this disk, and the same call reads it whole.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ import msgspec
 
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
-from replica.errors import BusyError, RootMismatchError, TrackerDamageError
-from replica.model import Consistency, DeltaId, DiskState, Frozen, ReplicaId, State, random_id
+from replica.errors import AuditMissError, BusyError, ReplicaError, RootMismatchError, TrackerDamageError
+from replica.model import MAX_NOTES, Consistency, DeltaId, Frozen, ReplicaId, State, random_id
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
+from replica.primary.audits import Audits, after_miss
 from replica.primary.disks import Wanted, files_disk, known_disks, match_disks, measure
 from replica.primary.enrol import adopt, become_another, contact, look
 from replica.primary.reading import Reading
@@ -44,6 +47,7 @@ from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
+from replica.tracking.audit import HASH
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import thaw_marked
 from replica.tracking.journal import JournalSummary, JournalWriter
@@ -119,20 +123,37 @@ class _Cycle:
         self.wait_limit_seconds = wait_limit_seconds
         self.started = time.monotonic()
         self.sent_before = receiver.bytes_sent
+        self.notes: tuple[str, ...] = ()
+        self.resynced = False
 
     def run(self) -> SyncResult:
         wanted = measure(self.fs, self.machine)
         record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, wanted)
         record, ship = self._agree(record, info, wanted)
-        try:
-            return self._ship(record, key, ship)
-        except (RootMismatchError, TrackerDamageError) as error:
-            _log.warning("machine %r: %s; shipping everything once", self.machine.name, error)
-            record = self.directory.load() or record
-            record = self.directory.save(msgspec.structs.replace(record, trusted=False))
-        info = self._look(record)
-        record, ship = self._agree(record, info, wanted)
-        return self._ship(record, key, ship)
+        while True:
+            try:
+                return self._ship(record, key, ship)
+            except (RootMismatchError, TrackerDamageError) as error:
+                record = self._distrust(self.directory.load() or record, error, ship)
+            info = self._look(record)
+            record, ship = self._agree(record, info, wanted)
+
+    def _distrust(self, record: MachineRecord, error: ReplicaError, ship: Ship) -> MachineRecord:
+        """What was believed of a disk is wrong: note it durably, so that this very call reads again without it.
+
+        Ends: an integration's tracker is found wrong once per disk, and our own once; then `error` is raised.
+        """
+        if isinstance(error, AuditMissError):
+            record, note = after_miss(record, error, ship.point)
+            self.notes = (*self.notes, note)[-MAX_NOTES:]
+            record = self.directory.save(record)
+            if error.tracker != HASH:
+                return record
+        if self.resynced:
+            raise error
+        self.resynced = True
+        _log.warning("machine %r: %s; shipping everything once", self.machine.name, error)
+        return self.directory.save(msgspec.structs.replace(record, trusted=False))
 
     # --- agreeing on where to start ---
 
@@ -207,15 +228,16 @@ class _Cycle:
         base = record.head if record.trusted else None
         trackers = [HashTracker(self.fs, self.directory.path, disk, base) for disk in record.disks]
         fresh = tuple(ship.mode is not Mode.INCREMENTAL or not tracker.known for tracker in trackers)
+        audits = Audits(self.machine, record, ship.base, ship.point, delta_id)
         with Shipment(
             self.fs, self.directory.path, self.receiver, sealer, delta_id, ship.base, record.epoch, self.patience
         ) as shipment:
             shipment.begin()
             with JournalWriter(self.fs, self.directory.path) as journal:
                 reading = Reading(self.fs, self.directory.path, self.machine, shipment, sealer, journal, self.progress)
-                snapshot, roots = reading.read(trackers, fresh, ship.base, self.patience.check)
+                snapshot, roots = reading.read(trackers, fresh, audits, ship.base, self.patience.check)
                 shipment.wait_sent(reading.report)
-                states = tuple(DiskState(disk, root) for disk, root in zip(record.disks, roots, strict=True))
+                states = audits.states(roots)
                 result = State(
                     record.replica_id,
                     delta_id,
@@ -225,11 +247,12 @@ class _Cycle:
                     snapshot.consistency,
                     states,
                     files=files_disk(record.disks),
+                    notes=self.notes,
                 )
                 sizes = tuple(tracker.base_bytes for tracker in trackers)
                 journal.finish(JournalSummary(ship.base.delta_id, result, fresh, sizes))
             shipment.commit(result, self.wait_limit_seconds)
-        self.directory.fold_pending(record)
+        self.directory.fold_pending(audits.advance(record))
         return SyncResult(
             machine=self.machine.name,
             replica_id=record.replica_id,

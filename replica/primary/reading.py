@@ -20,6 +20,7 @@ from replica.errors import SizeChangedError
 from replica.images import Image
 from replica.machine_files import FILES_DISK_NAME
 from replica.model import Disk, DiskState, State
+from replica.primary.audits import Audits
 from replica.primary.files import FilesImage
 from replica.primary.sealing import Sealing
 from replica.primary.shipment import Shipment
@@ -54,7 +55,12 @@ class Reading:
         """Bytes of the grains that changed; of a disk whose trackers were not known: that have content."""
 
     def read(
-        self, trackers: Sequence[HashTracker], fresh: Sequence[bool], base: State, check: Callable[[], None]
+        self,
+        trackers: Sequence[HashTracker],
+        fresh: Sequence[bool],
+        audits: Audits,
+        base: State,
+        check: Callable[[], None],
     ) -> tuple[Snapshot, list[bytes]]:
         """Freeze, scan every disk, thaw. The snapshot (over by now) and the resulting Merkle roots.
 
@@ -77,8 +83,17 @@ class Reading:
                     opened = [stack.enter_context(self._open(snapshot, tracker.disk)) for tracker in trackers]
                     if self._progress is not silent:
                         self._total = sum(stop - start for i in opened for start, stop in i.allocated(0, i.size_bytes))
+                    candidates = audits.ask(fresh)
                     for index, (tracker, image) in enumerate(zip(trackers, opened, strict=True)):
-                        scan = tracker.scan(image, self._journal, index, fresh=fresh[index], check=check_all)
+                        scan = tracker.scan(
+                            image,
+                            self._journal,
+                            index,
+                            fresh=fresh[index],
+                            candidates=candidates[index],
+                            audit=audits.plans[index],
+                            check=check_all,
+                        )
                         self._read_disk(scan, table.index(tracker.disk.id), packer, base.disk(tracker.disk.id))
                         roots.append(scan.root)
                     packer.flush()

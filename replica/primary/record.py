@@ -29,6 +29,7 @@ from replica import documents
 from replica.durable import FileSystem, Lock
 from replica.errors import BusyError, DamageError, FormatError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
+from replica.tracking.audit import AuditAlert, DiskAudit
 from replica.tracking.fold import fold
 from replica.tracking.instant import marked
 from replica.tracking.journal import Journal
@@ -54,6 +55,7 @@ class MachineRecord(Frozen, frozen=True):
     `epoch.holder` is random and names this state directory (while ADOPTING
     `epoch` still is the former writer's, and `holder` says who will be).
     `disks` are those of the configuration when it was last looked at, `images` where each is read from.
+    `audits` say how far each disk's audit has come, `alerts` what it found (the last few).
     `head` is the newest state known to be committed, `trusted` whether the
     trackers describe it.
     """
@@ -68,6 +70,8 @@ class MachineRecord(Frozen, frozen=True):
     head: State | None = None
     trusted: bool = True
     images: tuple[str, ...] = ()
+    audits: tuple[DiskAudit, ...] = ()
+    alerts: tuple[AuditAlert, ...] = ()
 
 
 class MachineDirectory:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from replica.machine_files import FILES_DISK_NAME
 from replica.model import Consistency, check_name
+from replica.tracking.audit import DEFAULT_PERIOD_SECONDS, DEFAULT_SAMPLE
+from replica.tracking.external import Tracker
 from replica.tracking.instant import Command, FreezeSpec
 from replica.transport.tls import TlsFiles
 
@@ -44,6 +46,10 @@ class MachineSpec:
     `freeze` and `thaw` are commands (a list is an argv, a string is run by
     `sh -c`); see `tracking.instant`. `consistency` is what they achieve and
     only counts when they are configured. `files` are small files that travel with each point (`files`).
+
+    `tracker` is an integration's, if it has one (`tracking.external`); else every allocated byte is hashed. The audit
+    reads every leaf once in `audit_period_seconds`, and of what the tracker reports clean `audit_sample` grains per
+    disk in every cycle (`tracking.audit`).
     """
 
     name: str
@@ -55,12 +61,17 @@ class MachineSpec:
     freeze_limit_seconds: float = DEFAULT_FREEZE_LIMIT_SECONDS
     consistency: Consistency = Consistency.CRASH
     files: tuple[Path, ...] = ()
+    audit_period_seconds: float = DEFAULT_PERIOD_SECONDS
+    audit_sample: int = DEFAULT_SAMPLE
+    tracker: Tracker | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name, "machine name")
         names = [disk.name for disk in self.disks]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"machine {self.name!r} needs disks with names that differ")
+        if not self.audit_period_seconds > 0 or self.audit_sample < 0:
+            raise ValueError(f"machine {self.name!r} needs a period and a sample that an audit can have")
 
     @property
     def freezing(self) -> FreezeSpec:

@@ -24,6 +24,7 @@ from replica.model import Frozen, ReplicaId
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.spec import MachineSpec, SenderSpec
+from replica.tracking.audit import AuditAlert
 
 
 class Word(StrEnum):
@@ -70,6 +71,7 @@ class MachineStatus(Frozen, frozen=True):
     rpo_seconds: float | None
     last_error: LastError | None
     next_due_ns: int | None
+    alerts: tuple[AuditAlert, ...] = ()
 
 
 def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_ns: int | None = None) -> MachineStatus:
@@ -95,6 +97,7 @@ def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_n
         rpo_seconds=max(0.0, (now_ns - head.frozen_at_ns) / 1e9) if head else None,
         last_error=error,
         next_due_ns=cycle.next_due_ns if cycle else None,
+        alerts=record.alerts if record is not None else (),
     )
 
 

@@ -58,10 +58,11 @@ from numpy.typing import NDArray
 
 from replica import _native
 from replica.durable import FileSystem
-from replica.errors import TrackerDamageError
+from replica.errors import AuditMissError, TrackerDamageError
 from replica.images import Image
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree
 from replica.model import DIGEST_BYTES, Disk, DiskState, State
+from replica.tracking.audit import HASH, AuditPlan, sample_clean
 from replica.tracking.digests import NAMES, DigestTable, count_windows
 from replica.tracking.journal import WINDOW_BYTES, JournalRecord, JournalWriter, grains_per_window
 from replica.tracking.spans import Span, common_spans, merge_spans, spans_of_image, spans_of_runs
@@ -148,17 +149,20 @@ class HashTracker:
         *,
         fresh: bool,
         candidates: DirtyBitmap | None = None,
+        audit: AuditPlan | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Scan:
         """Begin a scan of `image`, which has the disk's size. `index`: the disk's place in the result's table.
 
         Iterating raises TrackerDamageError as soon as what is stored proves not to be `base`.
         `candidates`: the only grains that may have changed, if something better than hashing knows (never with
-        `fresh`). `check` is called before every read and stops the scan by raising.
+        `fresh`); `audit`: what of the rest is looked at all the same. A grain that changed and is no candidate, or a
+        leaf that is not what its unchanged grains make, raises AuditMissError. `check` is called before every read
+        and stops the scan by raising.
         """
         if not fresh and not self.known:
             raise ValueError(f"disk {self.disk.name!r} has no stored state to compare with")
-        return Scan(self._fs, self, self._secret, image, journal, index, fresh, candidates, check)
+        return Scan(self._fs, self, self._secret, image, journal, index, fresh, candidates, audit, check)
 
 
 class Scan:
@@ -174,6 +178,7 @@ class Scan:
         index: int,
         fresh: bool,
         candidates: DirtyBitmap | None,
+        audit: AuditPlan | None,
         check: Callable[[], None],
     ) -> None:
         self.disk = tracker.disk
@@ -183,6 +188,7 @@ class Scan:
         self._fs, self._directory, self._secret, self._base = fs, tracker.directory, secret, tracker.base
         self._image, self._journal, self._index = image, journal, index
         self._fresh, self._candidates, self._check = fresh, candidates, check
+        self._audit = audit or AuditPlan()
         grains = grains_per_window(self.disk)
         self._old, self._new = np.zeros(grains, np.uint64), np.zeros(grains, np.uint64)
         self._dirty = np.zeros(grains, np.uint8)
@@ -198,6 +204,8 @@ class Scan:
         with table, self._fs.open(self._directory / "leaves") as leaves:
             tree = MerkleTree(FileNodes(leaves), self.disk.leaf_bytes)
             self._check_root(tree, self._before)
+            if self._candidates is not None:
+                self._sample(table, self._candidates)
             yield from self._run(table, tree)
 
     def _check_root(self, tree: MerkleTree, before: DiskState) -> None:
@@ -226,6 +234,8 @@ class Scan:
                 table.check_zero(passed, span.window)
                 passed = max(passed, span.window + 1)
             window, record = self._look(first, buffer, table)
+            if table is not None:
+                self._check_window(window, span.window, tree)
             self._journal.add(record)
             first_leaf = first // self.disk.grains_per_leaf
             for start, stop in consecutive(record.leaves):
@@ -245,9 +255,12 @@ class Scan:
         if table is not None:
             runs = table.runs(count_windows(self.disk))
             spans = merge_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
+            audited = (Span(window, ()) for window in self._audit.windows)
+            spans = merge_spans(spans, audited)
         if self._candidates is not None:
             runs = ((first, first + count) for first, count in self._candidates.runs())
-            spans = common_spans(spans, spans_of_runs(runs, grains_per_window(self.disk)))
+            wanted = spans_of_runs(runs, grains_per_window(self.disk))
+            spans = common_spans(spans, merge_spans(wanted, (Span(window, ()) for window in self._audit.windows)))
         return spans
 
     def _read_ahead(self, spans: Iterator[Span]) -> Iterator[tuple[Span, Bytes]]:
@@ -307,7 +320,9 @@ class Scan:
         if 0 <= cut < len(select):
             select[cut] = 1
         leaves = np.flatnonzero(select)
-        if len(leaves):
+        if table is not None and first // grains_per_window(disk) in self._audit.windows:
+            select[:] = 1
+        if select.any():
             _native.hash_leaves(
                 buffer, disk.leaf_bytes, first // disk.grains_per_leaf, select, self._leaves[: len(select)]
             )
@@ -315,6 +330,62 @@ class Scan:
             self._index, first, changed.astype(np.uint16), new[changed], leaves.astype(np.uint16), self._leaves[leaves]
         )
         return Window(first, count, buffer, None if old is None else dirty, zero), record
+
+    def _sample(self, table: DigestTable, candidates: DirtyBitmap) -> None:
+        """Read and hash some grains that are reported clean. Raises AuditMissError."""
+        disk = self.disk
+        per_window, loaded = grains_per_window(disk), -1
+        buffer, new, dirty = np.zeros(disk.grain_bytes, np.uint8), np.zeros(1, np.uint64), np.zeros(1, np.uint8)
+        for grain in sample_clean(candidates, self._audit.sample, self._audit.random):
+            self._check()
+            window, start = grain // per_window, grain * disk.grain_bytes
+            if window != loaded:
+                table.read(window, self._old)
+                table.check(window, self._old)
+                loaded = window
+            size = min(disk.grain_bytes, disk.size_bytes - start)
+            buffer[size:] = 0
+            self._image.read_into(start, buffer[:size].data)
+            self.bytes_read += size
+            _native.scan(buffer, disk.grain_bytes, self._secret, self._old[grain % per_window :][:1], new, dirty)
+            if dirty[0]:
+                raise self._missed(grain)
+
+    def _check_window(self, window: Window, number: int, tree: MerkleTree) -> None:
+        """A window that was read for whatever reason: is what changed a candidate, and what did not as it was?"""
+        assert window.dirty is not None
+        if self._candidates is not None:
+            reported = self._candidates.mask(window.first_grain, window.count_grains)
+            unreported = np.flatnonzero((window.dirty != 0) & (reported == 0))
+            if len(unreported):
+                raise self._missed(window.first_grain + int(unreported[0]))
+        if number not in self._audit.windows:
+            return
+        per_leaf = self.disk.grains_per_leaf
+        count = -(-window.count_grains // per_leaf)
+        clean = np.ones(count, bool)
+        clean[np.flatnonzero(window.dirty) // per_leaf] = False
+        first_leaf = window.first_grain // per_leaf
+        if self._cut_leaf is not None and first_leaf <= self._cut_leaf < first_leaf + count:
+            clean[self._cut_leaf - first_leaf] = False
+        wrong = (self._leaves[:count] != tree.leaves(first_leaf, count)).any(axis=1) & clean
+        if wrong.any():
+            offset = (first_leaf + int(np.flatnonzero(wrong)[0])) * self.disk.leaf_bytes
+            raise AuditMissError(
+                f"the tracker {HASH!r} of disk {self.disk.name!r} is wrong: the leaf at byte {offset} is not what its "
+                "unchanged content makes",
+                disk=self.disk.name,
+                tracker=HASH,
+            )
+
+    def _missed(self, grain: int) -> AuditMissError:
+        name = self._audit.tracker
+        return AuditMissError(
+            f"the tracker {name!r} missed a change of disk {self.disk.name!r} at byte {grain * self.disk.grain_bytes}",
+            hint="it is not believed of this disk until all of it was read; find out why it missed it",
+            disk=self.disk.name,
+            tracker=name,
+        )
 
 
 def consecutive(numbers: NDArray[np.uint16]) -> Iterator[tuple[int, int]]:

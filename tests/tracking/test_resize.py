@@ -73,3 +73,13 @@ def test_digests_lost_at_the_cut_are_noticed_before_they_are_blessed(machine: Ca
         file.write(bytes(8))
     with pytest.raises(TrackerDamageError, match="'os'"):
         m.fold()
+
+
+def test_a_cut_between_two_leaves_leaves_a_window_that_proves_itself(machine: Callable[..., Machine]) -> None:
+    """No leaf changes and no grain does, so the journal has nothing for the window: its hash changes all the same."""
+    m = machine(2 * W)
+    data = np.random.default_rng(1).integers(1, 256, 2 * W, np.uint8)
+    m.cycle(MemoryImage(data))
+    m.resize(W + L)
+    m.cycle(MemoryImage(data[: W + L]))
+    assert m.dirty(MemoryImage(data[: W + L])) == set()

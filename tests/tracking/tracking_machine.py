@@ -68,14 +68,14 @@ class Machine:
     head: State | None = None
 
     def scan(
-        self, image: MemoryImage, *, fresh: bool | None = None, candidates: object = None
+        self, image: MemoryImage, *, fresh: bool | None = None, candidates: object = None, audit: object = None
     ) -> tuple[list[Window | Gap], State]:
         """Scan and finish the journal; copies of the pieces, and the result."""
         tracker = HashTracker(self.fs, self.directory, self.disk, self.head)
         fresh = not tracker.known if fresh is None else fresh
         pieces: list[Window | Gap] = []
         with JournalWriter(self.fs, self.directory) as journal:
-            scan = tracker.scan(image, journal, 0, fresh=fresh, candidates=candidates)
+            scan = tracker.scan(image, journal, 0, fresh=fresh, candidates=candidates, audit=audit)
             for piece in scan:
                 if isinstance(piece, Window):
                     arrays = (a if a is None else a.copy() for a in (piece.buffer, piece.dirty, piece.zero))
