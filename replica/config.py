@@ -13,6 +13,7 @@ are gone. What talks TLS opens them and names what is wrong.
 
 from __future__ import annotations
 
+import os
 import re
 from ipaddress import ip_address
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from replica.transport.tls import TlsFiles
 
 DEFAULT_FREEZE_LIMIT = "30s"
+DEFAULT_AUDIT_PERIOD = "7d"
 
 MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 30
 
@@ -127,6 +129,7 @@ class DiskTable(msgspec.Struct, frozen=True):
     name: Text
     image: Text
     format: Literal["raw", "vhd"] | None = None
+    formerly: Text | None = None
 
 
 class MachineTable(msgspec.Struct, frozen=True):
@@ -140,6 +143,8 @@ class MachineTable(msgspec.Struct, frozen=True):
     thaw: Text | Annotated[list[Text], Meta(min_length=1)] | None = None
     freeze_limit: Text = DEFAULT_FREEZE_LIMIT
     consistency: Consistency = Consistency.CRASH
+    files: tuple[Text, ...] = ()
+    audit_period: Text = DEFAULT_AUDIT_PERIOD
 
 
 class SenderFile(msgspec.Struct, frozen=True):
@@ -365,7 +370,8 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
     except ValueError as error:
         source.fail((*place, "to"), str(error), "write https://host:port")
     seconds = {}
-    for key, text in (("every", table.every), ("freeze_limit", table.freeze_limit)):
+    durations = {"every": table.every, "freeze_limit": table.freeze_limit, "audit_period": table.audit_period}
+    for key, text in durations.items():
         try:
             seconds[key] = parse_duration(text)
         except ValueError as error:
@@ -383,19 +389,35 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
             thaw=table.thaw,
             freeze_limit_seconds=seconds["freeze_limit"],
             consistency=table.consistency,
+            audit_period_seconds=seconds["audit_period"],
+            files=_files(source, table.files, place),
         )
     except ValueError as error:
         source.fail((*place, "name"), str(error))
+
+
+def _files(source: Source, files: tuple[str, ...], place: toml.Place) -> tuple[Path, ...]:
+    """Small files that travel with the machine, by their absolute paths."""
+    from replica.primary.files import archive_path
+
+    paths = [Path(os.path.normpath(_path(source.path, name))) for name in files]
+    for number, path in enumerate(paths):
+        try:
+            archive_path(path)
+        except ValueError as error:
+            source.fail((*place, "files", number), f"`files`: {error}", "name the file itself")
+        if path in paths[:number]:
+            source.fail((*place, "files", number), f"file {path} is named twice", "name each once")
+    return tuple(paths)
 
 
 def _disk(source: Source, table: DiskTable, place: toml.Place) -> DiskSpec:
     from replica.primary.spec import DiskSpec
 
     try:
-        check_name(table.name, "disk name")
+        return DiskSpec(table.name, _path(source.path, table.image), table.format, table.formerly)
     except ValueError as error:
         source.fail((*place, "name"), str(error))
-    return DiskSpec(name=table.name, image=_path(source.path, table.image), format=table.format)
 
 
 def _tls(path: Path, table: TlsTable) -> TlsFiles:

@@ -175,6 +175,16 @@ class TrackerDamageError(DamageError):
     code, exit_code, status, retryable = "tracker-damage", 11, 409, True
 
 
+class AuditMissError(TrackerDamageError):
+    """A tracker reported clean what had changed. `disk` is the disk's name, `tracker` who was believed."""
+
+    code, exit_code, status, retryable = "audit-miss", 11, 409, True
+
+    def __init__(self, message: str, *, hint: str = "", disk: str = "", tracker: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.disk, self.tracker = disk, tracker
+
+
 class KeyMissingError(DamageError):
     """The data key that sealed a file is not in the key directory, or is another one."""
 

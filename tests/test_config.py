@@ -9,6 +9,7 @@ import pytest
 from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_size, parse_url
 from replica.errors import ConfigError
 from replica.model import Consistency
+from replica.primary.spec import DiskSpec
 from replica.store import Policy
 from replica.store.space import Limit, SpaceLimits
 
@@ -92,9 +93,10 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
         .replace(
             'every = "30s"',
             'every = "1h30min"\nfreeze = ["fsfreeze", "-f", "/srv"]\nthaw = "fsfreeze -u /srv"\n'
-            'freeze_limit = "10s"\nconsistency = "application-consistent"',
+            'freeze_limit = "10s"\nconsistency = "application-consistent"\n'
+            'files = ["/etc/web-1.xml", "sub/../nvram"]\naudit_period = "1d"',
         )
-        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"')
+        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"')
     )
     spec = load_sender(write(tmp_path, "sender.toml", text))
     assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)
@@ -104,7 +106,9 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
     assert machine.thaw == "fsfreeze -u /srv"
     assert (machine.every_seconds, machine.freeze_limit_seconds) == (5400, 10)
     assert machine.consistency is Consistency.APPLICATION
-    assert (machine.disks[0].image, machine.disks[0].format) == (Path("/images/web-1.bin"), "raw")
+    assert machine.disks[0] == DiskSpec("os", Path("/images/web-1.bin"), "raw", "c")
+    assert machine.files == (Path("/etc/web-1.xml"), tmp_path / "nvram")
+    assert machine.audit_period_seconds == 86400
 
 
 def test_defaults_of_a_receiver(tmp_path: Path) -> None:
@@ -138,6 +142,10 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('image = "web-1.vhd"', "", 11, ["`image` is missing", "machine.disk"]),
         ('image = "web-1.vhd"', 'image = "a"\nformat = "qcow2"', 14, ["machine.disk.format", "qcow2"]),
         ('name = "os"', 'name = "os/1"', 12, ["'os/1'", "letters"]),
+        ('name = "os"', 'name = "machine-files"', 12, ["reserved"]),
+        ('every = "30s"', 'files = ["a", "./a"]', 10, ["named twice"]),
+        ('every = "30s"', 'files = ["/"]', 10, ["files", "1 to 1024"]),
+        ('every = "30s"', 'audit_period = "0s"', 10, ["`audit_period`", "out of range"]),
         ('name = "web-1"', 'name = ".web"', 8, ["'.web'"]),
         ('every = "30s"', 'every = "30"', 10, ["`every`", "'30'", "5min"]),
         ('every = "30s"', 'every = "0s"', 10, ["out of range"]),

@@ -71,6 +71,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                     "locked_until": rfc3339(locks[p.state.delta_id]) if p.state.delta_id in locks else None,
                     "reason": p.reason or None,
                     "receipt": receipts.word(p.state).value,
+                    "notes": list(p.state.notes),
                 }
                 for p in listed
             ]

@@ -40,7 +40,9 @@ def restore(
     """Write a recovery point of MACHINE into DIR as one image per disk.
 
     The content is checked against the point's Merkle roots before a file gets
-    its name: what is called DIR/os.raw is the disk as it was. Works whether
+    its name: what is called DIR/os.raw is the disk as it was. Files that travel
+    with the machine (`files` in the sender's configuration) go to DIR/files/,
+    each under the path that it has at the primary. Works whether
     `serve` runs or not, and replication goes on meanwhile.
 
     \b
@@ -51,7 +53,7 @@ def restore(
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
     from replica.durable import FileSystem
-    from replica.store import HeadFormat, restore_point
+    from replica.store import HeadFormat, read_files, restore_point
 
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
@@ -59,6 +61,7 @@ def restore(
     with reader.open_point(point) as opened, bars(as_json) as bar:
         files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), allow_lost=allow_lost)
         lost = {disk.name: ranges for disk in opened.disks if (ranges := opened.lost(disk.id))}
+        machine_files = [str(target / "files" / path) for path in read_files(opened)]
         number = opened.state.point
     for name, ranges in lost.items():
         click.echo(
@@ -67,9 +70,12 @@ def restore(
         for start, stop in ranges:
             click.echo(f"replica:   bytes {start} to {stop}", err=True)
     if as_json:
-        print_json({"point": number, "files": {name: str(path) for name, path in files.items()}, "lost": lost})
+        disks = {name: str(path) for name, path in files.items()}
+        print_json({"point": number, "files": disks, "machine_files": machine_files, "lost": lost})
         return
     checked = "restored, but for what is lost" if lost else "restored and checked"
     click.echo(f"point {number} of {machine} is {checked}:")
     for name, path in files.items():
         click.echo(f"  {name}: {path}")
+    for file in machine_files:
+        click.echo(f"  {file}")

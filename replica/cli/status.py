@@ -110,7 +110,7 @@ def _replica(fs: FileSystem, reader: ReplicaReader) -> dict[str, object]:
         "copying": head.partial,
         "receipt": ReceiptFiles(fs, reader.layout).word(listed[-1].state).value if listed else None,
         "applying": None if reader.applying is None else str(reader.applying),
-        "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
+        "disks": {d.disk.name: d.disk.size_bytes for d in head.machine_disks},
         "roots": head.roots,
     }
 
@@ -168,6 +168,8 @@ def _sender(config: Path, as_json: bool) -> None:
         if s.last_error is not None:
             hint = f"; {s.last_error.hint}" if s.last_error.hint else ""
             click.echo(f"{s.machine}, {rfc3339(s.last_error.at_ns)}: {s.last_error.message}{hint}")
+        for alert in s.alerts:
+            click.echo(f"{s.machine}, {rfc3339(alert.at_ns)}: ALERT: {alert.message}")
 
 
 def _machine(status: MachineStatus) -> dict[str, object]:
@@ -186,5 +188,9 @@ def _machine(status: MachineStatus) -> dict[str, object]:
         "last_error": None
         if error is None
         else {"code": error.code, "message": error.message, "hint": error.hint, "at": rfc3339(error.at_ns)},
+        "alerts": [
+            {"disk": a.disk, "tracker": a.tracker, "point": a.point, "at": rfc3339(a.at_ns), "message": a.message}
+            for a in status.alerts
+        ],
         "next_due": None if status.next_due_ns is None else rfc3339(status.next_due_ns),
     }

@@ -23,7 +23,9 @@ If the receiver finds other roots than the manifest names, or what is stored of 
 disk does not fit together, the trackers do not describe what they should: they
 are not trusted any more, and the same call rebuilds them. Only if that cannot
 be done, or the roots differ again, everything is shipped once. If it finds that
-leaves of its own head rotted, the same call repairs them and ships again.
+leaves of its own head rotted, the same call repairs them and ships again. If the
+audit finds that an integration's tracker missed a change (`tracking.audit`), that
+tracker is not believed of this disk, and the same call reads it whole.
 """
 
 from __future__ import annotations
@@ -38,12 +40,21 @@ import msgspec
 
 from replica.delta import DataKey
 from replica.durable import FileSystem
-from replica.errors import BusyError, DamageError, LeafDamageError, RootMismatchError, TrackerDamageError
+from replica.errors import (
+    AuditMissError,
+    BusyError,
+    DamageError,
+    LeafDamageError,
+    RootMismatchError,
+    TrackerDamageError,
+)
 from replica.images import Image
-from replica.model import Consistency, Disk, DiskId, Frozen, ReplicaId, State
+from replica.model import MAX_NOTES, Consistency, Disk, DiskId, Frozen, ReplicaId, State
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
+from replica.primary.audits import after_miss
 from replica.primary.committed import fold_committed
-from replica.primary.enrol import adopt, become_another, contact, current_disks, look, measure
+from replica.primary.disks import Wanted, known_disks, match_disks, measure
+from replica.primary.enrol import adopt, become_another, contact, look
 from replica.primary.reading import Extent, open_disk
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.repair import Repair
@@ -54,6 +65,7 @@ from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
+from replica.tracking.audit import HASH
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import Snapshot, freeze, thaw_marked
 from replica.tracking.rebuild import Rebuilt
@@ -137,18 +149,18 @@ class _Cycle:
         self.repair = Repair(fs, machine, receiver, patience)
         self.started = time.monotonic()
         self.sent_before = receiver.bytes_sent
+        self.notes: tuple[str, ...] = ()
         self.resynced: int | None = None
         """Bytes of leaves that a resync found to differ; None as long as there was none."""
         self.cover = False
         """Nothing can be known of the head: everything is shipped."""
 
     def run(self, distrust: bool = False) -> SyncResult:
-        measured = tuple(measure(self.fs, disk) for disk in self.machine.disks)
-        record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, measured)
-        disks = current_disks(record, measured)
+        wanted = measure(self.fs, self.machine)
+        record, key, info = contact(self.fs, self.spec, self.machine, self.directory, self.receiver, wanted)
         compared = repaired = 0
         while True:
-            record, ship = self._agree(record, info, disks)
+            record, ship = self._agree(record, info, wanted)
             if distrust and ship.mode is Mode.INCREMENTAL:
                 record = self._distrust(record)
             self.repair.run(record, info.damaged)
@@ -161,26 +173,42 @@ class _Cycle:
                 _log.warning("machine %r: %s; repairing what can be", self.machine.name, error)
                 record = self.directory.load() or record
             except (RootMismatchError, TrackerDamageError) as error:
-                compared += 1
-                if compared > ATTEMPTS:
-                    raise
-                _log.warning("machine %r: %s; comparing with the replica anew", self.machine.name, error)
-                self.cover = self.resynced is not None and isinstance(error, RootMismatchError)
-                record = self._distrust(self.directory.load() or record)
+                record = self.directory.load() or record
+                if isinstance(error, AuditMissError):
+                    record = self._missed(record, error, ship)
+                if not isinstance(error, AuditMissError) or error.tracker == HASH:
+                    compared += 1
+                    if compared > ATTEMPTS:
+                        raise
+                    _log.warning("machine %r: %s; comparing with the replica anew", self.machine.name, error)
+                    self.cover = self.resynced is not None and isinstance(error, RootMismatchError)
+                    record = self._distrust(record)
             info = self._look(record)
+
+    def _missed(self, record: MachineRecord, miss: AuditMissError, ship: Ship) -> MachineRecord:
+        """What was believed of a disk is wrong: note it durably, so that this very call reads again without it.
+
+        An integration's tracker is found wrong once per disk, so this ends.
+        """
+        record, note = after_miss(record, miss, ship.point)
+        self.notes = (*self.notes, note)[-MAX_NOTES:]
+        return self.directory.save(record)
 
     def _distrust(self, record: MachineRecord) -> MachineRecord:
         return self.directory.save(msgspec.structs.replace(record, trusted=False))
 
     # --- agreeing on where to start ---
 
-    def _agree(self, record: MachineRecord, info: ReplicaInfo, disks: tuple[Disk, ...]) -> tuple[MachineRecord, Ship]:
+    def _agree(
+        self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]
+    ) -> tuple[MachineRecord, Ship]:
         """Do what the plan says until it says to ship. Raises what the plan raises, and BusyError at last."""
         deadline = time.monotonic() + self.wait_limit_seconds
         delay = 0.05
         while True:
+            record = self._match(record, info, wanted)
             primary = PrimaryView(
-                record.machine, record.epoch, disks, record.head, self.directory.pending(), record.trusted
+                record.machine, record.epoch, record.disks, record.head, self.directory.pending(), record.trusted
             )
             step = next_step(primary, ReplicaView(info.epoch, info.head, info.applying, info.receiving))
             if isinstance(step, Ship):
@@ -202,9 +230,14 @@ class _Cycle:
             self._cancel_or_wait(step, record, delay)
             delay = min(2 * delay, 1.0)
             info = self._look(record)
-        if step.mode is Mode.INITIAL and record.disks != disks:
-            record = self.directory.save(msgspec.structs.replace(record, disks=disks))
         return record, step
+
+    def _match(self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]) -> MachineRecord:
+        """Which disk is which, noted before anything is tracked under its id."""
+        disks, paths = match_disks(wanted, known_disks(record.disks, record.images, info.head))
+        if (disks, paths) == (record.disks, record.images):
+            return record
+        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths))
 
     def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
         _log.warning(
@@ -248,6 +281,7 @@ class _Cycle:
             record,
             ship.base,
             self.repair.left,
+            self.notes,
         )
         still = self.machine.freeze is None
         instants: Iterator[Snapshot] = (self._freeze() for _ in count())

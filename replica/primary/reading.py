@@ -24,15 +24,18 @@ from replica.delta import DATA, DeltaSealer, Packer, Rows, hole_rows, window_row
 from replica.durable import FileSystem
 from replica.errors import SizeChangedError
 from replica.images import Image
+from replica.machine_files import FILES_DISK_NAME
 from replica.merkle import MemoryNodes, MerkleTree
-from replica.model import DamagedLeaves, Disk, DiskId, State
+from replica.model import DamagedLeaves, Disk, DiskId, DiskState, State
+from replica.primary.audits import Audits
+from replica.primary.files import FilesImage
 from replica.primary.repair import mark_dirty
 from replica.primary.sealing import Sealing
 from replica.primary.shipment import Shipment
 from replica.primary.spec import MachineSpec
 from replica.progress import Progress, silent
 from replica.tracking.hash import Candidates, Gap, HashTracker, Scan, Window
-from replica.tracking.instant import Snapshot
+from replica.tracking.instant import Running, Snapshot
 from replica.tracking.journal import JournalWriter
 
 
@@ -88,6 +91,7 @@ class Reading:
         self._whole = list(whole)
         self._found = 0
         self._total = 0
+        self._files: FilesImage | None = None
         self.scanned = 0
         """Bytes read from the images."""
         self.changed = 0
@@ -97,6 +101,7 @@ class Reading:
         self,
         trackers: Sequence[HashTracker],
         fresh: Sequence[bool],
+        audits: Audits,
         base: State,
         extent: Extent,
         instant: Callable[[], Snapshot],
@@ -108,6 +113,8 @@ class Reading:
         """
         roots: list[bytes] = []
         stopped: Cursor | None = None
+        removed = (state.disk for state in base.disks)  # a delta's table names them, too (`delta.change`)
+        table = sorted({disk.id for disk in (*removed, *(tracker.disk for tracker in trackers))})
         with Sealing(self._sealer, self._shipment.put) as sealing:
             packer = Packer(sealing.add)
             with instant() as snapshot:
@@ -124,39 +131,46 @@ class Reading:
                     ]
                     if self._progress is not silent:
                         self._total = sum(stop - start for i in opened for start, stop in i.allocated(0, i.size_bytes))
+                    candidates = audits.ask(fresh, extent.candidates)
                     for index, (tracker, image) in enumerate(zip(trackers, opened, strict=True)):
                         if index < extent.first.disk or stopped is not None:
                             root = _unread(tracker.disk, base)
                             if root is not None:
                                 roots.append(root)
                                 continue
+                        compared = extent.candidates.get(tracker.disk.id)
                         scan = tracker.scan(
                             image,
                             self._journal,
                             index,
                             fresh=fresh[index],
-                            candidates=extent.candidates.get(tracker.disk.id),
+                            candidates=compared if compared is not None else candidates[index],
                             first_window=extent.first.window if index == extent.first.disk else 0,
+                            audit=audits.plans[index] if compared is None else None,
                             check=check_all,
                         )
                         before = base.disk(tracker.disk.id)
                         cut = before is not None and before.disk.size_bytes > tracker.disk.size_bytes
                         limit = None if stopped is not None or cut else extent.limit_bytes  # a cut is at the end
-                        if self._read_disk(scan, index, packer, limit, in_base=before is not None):
+                        if self._read_disk(scan, table.index(tracker.disk.id), packer, limit, before):
                             stopped = Cursor(index, scan.next_window)
                         roots.append(scan.root)
                     packer.flush()
+                    if stopped is None and self._machine.freeze is None and not isinstance(snapshot, Running):
+                        for image in opened:
+                            if isinstance(image, FilesImage):
+                                image.check()
                 if stopped is None:
                     snapshot.finish()
             sealing.finish()
         return Read(snapshot, roots, stopped)
 
-    def _read_disk(self, scan: Scan, index: int, packer: Packer, limit: int | None, *, in_base: bool) -> bool:
+    def _read_disk(self, scan: Scan, index: int, packer: Packer, limit: int | None, base: DiskState | None) -> bool:
         """Scan one disk into the packer; whether that was stopped at the limit.
 
-        `in_base`: the delta's base has it; otherwise zeros need not be said.
+        `base`: as the delta's base has it; zeros beyond that need not be said.
         """
-        base_grains = scan.disk.count_grains if in_base else 0
+        base_grains = base.disk.count_grains if base is not None else 0
         before = self.scanned
         stopped = False
         for piece in scan:
@@ -193,6 +207,8 @@ class Reading:
 
 def open_disk(fs: FileSystem, machine: MachineSpec, snapshot: Snapshot, disk: Disk) -> Image:
     """The image to read, or the snapshot of it that `freeze` named; in the image's format either way."""
+    if disk.name == FILES_DISK_NAME:
+        return FilesImage(fs, machine.files)
     spec = next(spec for spec in machine.disks if spec.name == disk.name)
     path = snapshot.paths[disk.name]
     image = images.open(path, images.format_of(spec.image, spec.format), fs=fs)

@@ -8,7 +8,7 @@
       folding       journal of a committed delta that is being folded in
       receipt       the receiver's receipt of the newest point, as it came
       status.json   what happened last, for `replica status`; worth nothing else
-      disks/<id>/   secret, digests, leaves (see `tracking.hash`)
+      disks/<id>/   secret, digests, windows, leaves (see `tracking.hash`)
 
 Losing all of it costs reading the disks once: the replica is found again by
 the certificate, and its key is not here but in `keys`.
@@ -30,6 +30,7 @@ from replica import documents
 from replica.durable import FileSystem, Lock
 from replica.errors import BusyError, DamageError, FormatError, StorageError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
+from replica.tracking.audit import AuditAlert, DiskAudit
 from replica.tracking.fold import fold
 from replica.tracking.instant import marked
 from replica.tracking.journal import Journal
@@ -54,6 +55,8 @@ class MachineRecord(Frozen, frozen=True):
 
     `epoch.holder` is random and names this state directory (while ADOPTING
     `epoch` still is the former writer's, and `holder` says who will be).
+    `disks` are those of the configuration when it was last looked at, `images` where each is read from.
+    `audits` say how far each disk's audit has come, `alerts` what it found (the last few).
     `head` is the newest state known to be committed, `trusted` whether the
     trackers describe it. While `head` is a part of a copy, `point_frozen_at_ns`
     is the freeze time of the point before it, if there is one and it is known.
@@ -68,6 +71,9 @@ class MachineRecord(Frozen, frozen=True):
     disks: tuple[Disk, ...]
     head: State | None = None
     trusted: bool = True
+    images: tuple[str, ...] = ()
+    audits: tuple[DiskAudit, ...] = ()
+    alerts: tuple[AuditAlert, ...] = ()
     point_frozen_at_ns: int | None = None
 
     @property
@@ -172,5 +178,14 @@ class MachineDirectory:
             _log.warning("machine %r: %s", record.machine, error)
             record = msgspec.structs.replace(record, trusted=False)
         self.save(record)
+        self._remove_trackers_but(record)
         self._fs.unlink(path)
         return record
+
+    def _remove_trackers_but(self, record: MachineRecord) -> None:
+        """Forget disks that neither the newest state nor the configuration has any more."""
+        states = record.head.disks if record.head is not None else ()
+        kept = {str(disk.id) for disk in (*record.disks, *(state.disk for state in states))}
+        for name in self._fs.list_names(self.path / "disks"):
+            if name not in kept:
+                self._fs.remove_tree(self.path / "disks" / name)

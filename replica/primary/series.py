@@ -30,8 +30,10 @@ from pathlib import Path
 from replica.delta import DataKey, DeltaSealer
 from replica.durable import FileSystem
 from replica.errors import TrackerDamageError
-from replica.model import DamagedLeaves, DeltaId, DiskState, State, random_id
+from replica.model import DamagedLeaves, DeltaId, State, random_id
+from replica.primary.audits import Audits
 from replica.primary.committed import fold_committed
+from replica.primary.disks import files_disk
 from replica.primary.reading import START, Cursor, Extent, Reading, open_disk
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.retry import Patience
@@ -75,6 +77,8 @@ class Series:
     base: State
     damaged: Sequence[DamagedLeaves] = ()
     """Leaves of the head that rotted, and that the source has not as they were: they are shipped whole."""
+    notes: tuple[str, ...] = ()
+    """What the point says of how it came about."""
     tally: Tally = field(default_factory=Tally)
     position: int = 0
     """Bytes read since the series' last start at the first disk: how far a copy has come."""
@@ -117,6 +121,7 @@ class Series:
         known = None if cover else self.base
         trackers = [HashTracker(self.fs, self.path, disk, known) for disk in self.record.disks]
         fresh = tuple(not tracker.known for tracker in trackers)
+        audits = Audits(self.machine, self.record, self.base, self.base.point + 1, delta_id, part=part)
         if not cover:
             self._check_known(trackers)
         with Shipment(
@@ -128,7 +133,7 @@ class Series:
                 reading = Reading(
                     self.fs, self.machine, shipment, sealer, journal, self.progress, self.position, self.damaged
                 )
-                read = reading.read(trackers, fresh, self.base, extent, instant, self.patience.check)
+                read = reading.read(trackers, fresh, audits, self.base, extent, instant, self.patience.check)
                 self.position += reading.scanned
                 self.tally.scanned += reading.scanned
                 self.tally.changed += reading.changed
@@ -136,10 +141,12 @@ class Series:
                     return None, read.stopped
                 shipment.wait_sent(reading.report)
                 partial = part or read.stopped is not None
-                result = self._result(delta_id, read.snapshot, read.roots, partial=partial)
-                journal.finish(JournalSummary(self.base.delta_id, result, fresh))
+                result = self._result(delta_id, read.snapshot, audits, read.roots, partial=partial)
+                sizes = tuple(tracker.base_bytes for tracker in trackers)
+                journal.finish(JournalSummary(self.base.delta_id, result, fresh, sizes))
             info = shipment.commit(result, self.wait_limit_seconds)
-        self.record = fold_committed(self.directory, self.record, info, result)
+        record = self.record if partial else audits.advance(self.record)
+        self.record = fold_committed(self.directory, record, info, result)
         self.base = result
         if partial:
             self.tally.parts += 1
@@ -152,7 +159,9 @@ class Series:
             if not tracker.known and self.base.disk(tracker.disk.id) is not None:
                 raise TrackerDamageError(f"what is known of disk {tracker.disk.name!r} is not of the replica's head")
 
-    def _result(self, delta_id: DeltaId, snapshot: Snapshot, roots: list[bytes], *, partial: bool) -> State:
+    def _result(
+        self, delta_id: DeltaId, snapshot: Snapshot, audits: Audits, roots: list[bytes], *, partial: bool
+    ) -> State:
         return State(
             self.record.replica_id,
             delta_id,
@@ -160,8 +169,10 @@ class Series:
             self.record.epoch,
             snapshot.frozen_at_ns,
             snapshot.consistency,
-            tuple(DiskState(disk, root) for disk, root in zip(self.record.disks, roots, strict=True)),
+            audits.partial_states(roots) if partial else audits.states(roots),
             partial=partial,
+            files=files_disk(self.record.disks),
+            notes=() if partial else self.notes,
         )
 
     def _allocated(self) -> int:

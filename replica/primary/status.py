@@ -24,6 +24,7 @@ from replica.model import Frozen, ReplicaId
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.spec import MachineSpec, SenderSpec
+from replica.tracking.audit import AuditAlert
 
 
 class Word(StrEnum):
@@ -79,6 +80,7 @@ class MachineStatus(Frozen, frozen=True):
     last_error: LastError | None
     next_due_ns: int | None
     copying: Copying | None = None
+    alerts: tuple[AuditAlert, ...] = ()
 
 
 def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_ns: int | None = None) -> MachineStatus:
@@ -107,6 +109,7 @@ def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_n
         last_error=error,
         next_due_ns=cycle.next_due_ns if cycle else None,
         copying=cycle.copying if cycle and partial else None,
+        alerts=record.alerts if record is not None else (),
     )
 
 

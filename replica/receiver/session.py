@@ -156,9 +156,9 @@ class Session:
 def find_disk(state: State, disk: str) -> Disk:
     """A disk of a state by its id or its name. UnknownMachineError names those there are."""
     for entry in state.disks:
-        if disk in (str(entry.disk.id), entry.disk.name):
+        if disk == str(entry.disk.id) or (disk == entry.disk.name and entry.disk.id != state.files):
             return entry.disk
-    names = ", ".join(entry.disk.name for entry in state.disks) or "none"
+    names = ", ".join(entry.disk.name for entry in state.machine_disks) or "none"
     raise UnknownMachineError(f"point {state.point} has no disk {disk!r}", hint=f"it has {names}")
 
 

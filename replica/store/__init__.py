@@ -5,6 +5,7 @@ from any process at any time. `commit` is the protocol that both rely on.
 """
 
 from replica.store.adopt import adopt_images
+from replica.store.files import read_files
 from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
 from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
@@ -27,6 +28,7 @@ __all__ = [
     "Rotated",
     "StoreState",
     "adopt_images",
+    "read_files",
     "replica_directories",
     "restore_point",
     "verify_head",

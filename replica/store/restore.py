@@ -22,6 +22,7 @@ from replica.images.flat import EXTENSIONS, FlatImage
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk
 from replica.progress import Progress, silent
+from replica.store.files import discard_files, prepare_files, publish_files, read_files
 from replica.store.layout import HeadFormat
 from replica.store.reader import PointReader
 
@@ -42,12 +43,15 @@ def restore_point(
 ) -> dict[str, Path]:
     """Write every disk of the point to `<target>/<disk>.raw` or `.vhd`; returns disk name -> path.
 
+    The machine's files, if the point has any, go to `<target>/files/`, each under its path at the primary.
+
     Raises TargetExistsError (nothing is written), LostError (ranges of a disk
     are lost; with `allow_lost` they become zeros, and that disk is not held
     against its root), DamageError (the point's bytes are not what they were),
     StorageError, StorageFullError.
     """
-    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in point.disks}
+    disks = [state.disk for state in point.state.machine_disks]
+    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
     for path in paths.values():
         if os.path.lexists(path):
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
@@ -55,11 +59,12 @@ def restore_point(
     if not allow_lost:
         _refuse_lost(point, lost)
     fs.make_directory(target)
-    total = sum(disk.size_bytes for disk in point.disks)
+    total = sum(disk.size_bytes for disk in disks)
     written: dict[str, Path] = {}
     done = 0
+    files = prepare_files(fs, read_files(point), target)
     try:
-        for disk in point.disks:
+        for disk in disks:
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
                 _write_disk(fs, point, disk, temporary, format, lost[disk.name], _from(progress, done, total))
@@ -69,10 +74,13 @@ def restore_point(
                     hint="what was written is removed again; restore a newer point, which may not need what is damaged",
                 ) from error
             done += disk.size_bytes
+        publish_files(fs, files)
+        files = None
         for name, path in paths.items():
             fs.publish_new(written[name], path)
             del written[name]
     finally:
+        discard_files(fs, files)
         for temporary in written.values():
             with suppress(StorageError):
                 fs.unlink(temporary)

@@ -118,13 +118,13 @@ def rebuild(
     """
     disk, local_id = state.disk, DeltaId(random_id())
     tracker = HashTracker(fs, machine_directory, disk, None)
-    with Target(fs, tracker.directory, state, None, local_id) as target:
+    with Target(fs, tracker.directory, state, None, disk, local_id) as target:
         scan = tracker.scan(image, _Into(target), 0, fresh=True, check=check)
         for _ in scan:
             report(scan.bytes_read)
         target.finish(scan.root)
     windows, differing, unknown = Windows(disk), 0, 0
-    with Target(fs, tracker.directory, state, local_id, delta_id) as target:
+    with Target(fs, tracker.directory, state, local_id, disk, delta_id) as target:
         if scan.root != state.root:
             with fs.open(tracker.directory / "digests") as digests, fs.open(tracker.directory / "leaves") as leaves:
                 tree = MerkleTree(FileNodes(leaves), disk.leaf_bytes)
