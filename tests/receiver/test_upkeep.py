@@ -22,10 +22,11 @@ def test_a_short_storage_takes_nothing_and_gives_up_points_by_itself(
     world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     primary.cycle()
-    shed, called = [], threading.Event()
+    shed, refused, called = [], threading.Event(), threading.Event()
 
     def thin(self: MemoryStore, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
         if shed_bytes:
+            assert refused.wait(10)
             shed.append((at_once, shed_bytes))
             world.stores.free_bytes = 1 << 39
             called.set()
@@ -35,6 +36,7 @@ def test_a_short_storage_takes_nothing_and_gives_up_points_by_itself(
     world.stores.free_bytes = 3 * GIB
     with pytest.raises(StorageFullError, match="min_free"):
         primary.begin()
+    refused.set()
     assert called.wait(10)
     assert shed == [(True, GIB)]
     primary.cycle()
