@@ -13,6 +13,7 @@ are gone. What talks TLS opens them and names what is wrong.
 
 from __future__ import annotations
 
+import os
 import re
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,10 +31,14 @@ from replica.toml import Source
 if TYPE_CHECKING:
     from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
     from replica.receiver.spec import SiteSpec
+    from replica.store.retention import Policy
+    from replica.store.space import Limit, SpaceLimits
     from replica.transport.tls import TlsFiles
 
-DEFAULT_KEEP_LAST = 24
 DEFAULT_FREEZE_LIMIT = "30s"
+DEFAULT_AUDIT_PERIOD = "7d"
+
+MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 30
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -54,6 +59,8 @@ class StorageTable(msgspec.Struct, frozen=True):
     name: Text
     path: Text
     head: Literal["raw", "vhd"] = "raw"
+    warn_free: Text | None = None
+    min_free: Text | None = None
 
 
 class AllowTable(msgspec.Struct, frozen=True):
@@ -64,10 +71,45 @@ class AllowTable(msgspec.Struct, frozen=True):
     trust_group: Text = "default"
 
 
-class RetentionTable(msgspec.Struct, frozen=True):
-    """`[retention]`: how many points every replica keeps."""
+Count = Annotated[int, Meta(ge=0, le=100_000)]
+AtLeastOne = Annotated[int, Meta(ge=1, le=100_000)]
 
-    keep_last: Annotated[int, Meta(ge=1, le=100_000)] = DEFAULT_KEEP_LAST
+
+class MachineRetentionTable(msgspec.Struct, frozen=True):
+    """`[[retention.machine]]`: what differs from `[retention]` for machines whose name matches."""
+
+    machine: Text
+    keep_last: AtLeastOne | None = None
+    hourly: Count | None = None
+    daily: Count | None = None
+    weekly: Count | None = None
+    monthly: Count | None = None
+    yearly: Count | None = None
+    min_count: AtLeastOne | None = None
+    min_age: Text | None = None
+    shed_buckets: bool | None = None
+
+
+class RetentionTable(msgspec.Struct, frozen=True):
+    """`[retention]`: which points every replica keeps."""
+
+    keep_last: AtLeastOne | None = None
+    hourly: Count | None = None
+    daily: Count | None = None
+    weekly: Count | None = None
+    monthly: Count | None = None
+    yearly: Count | None = None
+    min_count: AtLeastOne | None = None
+    min_age: Text | None = None
+    shed_buckets: bool | None = None
+    max_points_per_hour: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    machine: tuple[MachineRetentionTable, ...] = ()
+
+
+class ReceiptsTable(msgspec.Struct, frozen=True):
+    """`[receipts]`: the key that receipts are signed with; each storage has its own without it."""
+
+    key: Text | None = None
 
 
 class ReceiverFile(msgspec.Struct, frozen=True):
@@ -78,6 +120,7 @@ class ReceiverFile(msgspec.Struct, frozen=True):
     storage: tuple[StorageTable, ...]
     allow: tuple[AllowTable, ...] = ()
     retention: RetentionTable = RetentionTable()
+    receipts: ReceiptsTable = ReceiptsTable()
 
 
 class DiskTable(msgspec.Struct, frozen=True):
@@ -86,6 +129,7 @@ class DiskTable(msgspec.Struct, frozen=True):
     name: Text
     image: Text
     format: Literal["raw", "vhd"] | None = None
+    formerly: Text | None = None
 
 
 class MachineTable(msgspec.Struct, frozen=True):
@@ -99,6 +143,8 @@ class MachineTable(msgspec.Struct, frozen=True):
     thaw: Text | Annotated[list[Text], Meta(min_length=1)] | None = None
     freeze_limit: Text = DEFAULT_FREEZE_LIMIT
     consistency: Consistency = Consistency.CRASH
+    files: tuple[Text, ...] = ()
+    audit_period: Text = DEFAULT_AUDIT_PERIOD
 
 
 class SenderFile(msgspec.Struct, frozen=True):
@@ -109,6 +155,7 @@ class SenderFile(msgspec.Struct, frozen=True):
     tls: TlsTable
     machine: tuple[MachineTable, ...]
     keys: Text = "keys/"
+    part: Text = "4GiB"
     parallel: Annotated[int, Meta(ge=1, le=16)] = 4
 
 
@@ -118,6 +165,36 @@ def parse_duration(text: str) -> float:
     if not parts or "".join(n + u for n, u in parts) != "".join(text.split()):
         raise ValueError(f"{text!r} is no duration; write a number and a unit, such as 30s, 5min or 1h")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `64MiB`, `4GiB`, `1.5TiB`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write a number and a unit, such as 64MiB or 4GiB")
+    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))
+
+
+def parse_limit(text: str) -> Limit:
+    """A size, or a share of the file system: `10GiB`, `5%`. Raises ValueError."""
+    from replica.store.space import Limit
+
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
+        if float(found[1]) > 90:
+            raise ValueError(f"{text!r} is more than 90%, which would leave no room for points")
+        return Limit(share=float(found[1]) / 100)
+    try:
+        return Limit(size_bytes=parse_size(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size and no share; write it like 10GiB or 5%") from error
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second in `100MiB/s`, `1GiB/s`, `500KiB/s`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)/s", text.strip())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is no rate; write a number and a unit, such as 100MiB/s")
+    return float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]]
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -169,7 +246,7 @@ def kind_of(path: Path) -> Literal["sender", "receiver"]:
     """Which of the two files this is, judged by what it says and not by its name."""
     table = toml.Source(path).table
     sender = len(table.keys() & {"name", "state", "machine", "keys"})
-    receiver = len(table.keys() & {"listen", "storage", "allow", "retention"})
+    receiver = len(table.keys() & {"listen", "storage", "allow", "retention", "receipts"})
     if sender == receiver:
         raise ConfigError(
             f"{path} is neither a sender's nor a receiver's configuration",
@@ -186,7 +263,8 @@ def _read_as(path: Path, kind: Literal["sender", "receiver"]) -> None:
 
 def load_receiver(path: Path) -> SiteSpec:
     """`receiver.toml` as a SiteSpec. Raises ConfigError with file and line."""
-    from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
+    from replica.receiver.spec import MAX_POINTS_PER_HOUR, AllowSpec, MachineRetention, SiteSpec, StorageSpec
+    from replica.store.retention import Policy
 
     _read_as(path, "receiver")
     source, file = toml.read(path, ReceiverFile)
@@ -197,11 +275,19 @@ def load_receiver(path: Path) -> SiteSpec:
     _unique(source, "storage", [storage.name for storage in file.storage], ("storage",))
     if not file.storage:
         source.fail((), "no [[storage]] is declared", "add one with a name and a path")
-    storages = {s.name: StorageSpec(name=s.name, path=_path(path, s.path), head=s.head) for s in file.storage}
+    storages = {
+        s.name: StorageSpec(s.name, _path(path, s.path), s.head, _limits(source, s, ("storage", n)))
+        for n, s in enumerate(file.storage)
+    }
     for number, entry in enumerate(file.allow):
         if entry.storage not in storages:
             hint = f"declared are: {', '.join(storages)}"
             source.fail(("allow", number, "storage"), f"storage {entry.storage!r} is not declared", hint)
+    retention = _policy(source, file.retention, Policy(), ("retention",))
+    machines = [
+        MachineRetention(table.machine, _policy(source, table, retention, ("retention", "machine", number)))
+        for number, table in enumerate(file.retention.machine)
+    ]
     allow = [AllowSpec(primary=a.primary, storage=a.storage, trust_group=a.trust_group) for a in file.allow]
     return SiteSpec(
         listen_host=host,
@@ -209,8 +295,40 @@ def load_receiver(path: Path) -> SiteSpec:
         tls=_tls(path, file.tls),
         storages=storages,
         allow=allow,
-        keep_last=file.retention.keep_last,
+        retention=retention,
+        machines=machines,
+        max_points_per_hour=file.retention.max_points_per_hour or MAX_POINTS_PER_HOUR,
+        receipt_key=_path(path, file.receipts.key) if file.receipts.key else None,
     )
+
+
+def _limits(source: Source, table: StorageTable, place: toml.Place) -> SpaceLimits:
+    from replica.store.space import SpaceLimits
+
+    limits = {}
+    for key in ("warn_free", "min_free"):
+        text = getattr(table, key)
+        if text is not None:
+            try:
+                limits[key] = parse_limit(text)
+            except ValueError as error:
+                source.fail((*place, key), f"`{key}`: {error}")
+    return SpaceLimits(**limits)
+
+
+def _policy(
+    source: Source, table: RetentionTable | MachineRetentionTable, otherwise: Policy, place: toml.Place
+) -> Policy:
+    """The policy that a table says, with another one's values where it says nothing."""
+    names = {f.name for f in msgspec.structs.fields(table)} & {f.name for f in msgspec.structs.fields(otherwise)}
+    values = {name: getattr(table, name) for name in names if getattr(table, name) is not None}
+    if table.min_age is not None:
+        try:
+            values["min_age_seconds"] = parse_duration(table.min_age)
+            return msgspec.structs.replace(otherwise, **values)
+        except ValueError as error:
+            source.fail((*place, "min_age"), f"`min_age`: {error}")
+    return msgspec.structs.replace(otherwise, **values)
 
 
 def load_sender(path: Path) -> SenderSpec:
@@ -222,6 +340,12 @@ def load_sender(path: Path) -> SenderSpec:
     _unique(source, "machine", [machine.name for machine in file.machine], ("machine",))
     if not file.machine:
         source.fail((), "no [[machine]] is declared", "add one with a name, `to` and a [[machine.disk]]")
+    try:
+        part_bytes = parse_size(file.part)
+    except ValueError as error:
+        source.fail(("part",), f"`part`: {error}")
+    if not MIN_PART_BYTES <= part_bytes <= MAX_PART_BYTES:
+        source.fail(("part",), f"`part` = {file.part!r} is out of range", "4MiB to 64GiB are allowed")
     return SenderSpec(
         name=file.name,
         state=_path(path, file.state),
@@ -229,6 +353,7 @@ def load_sender(path: Path) -> SenderSpec:
         tls=_tls(path, file.tls),
         machines=tuple(_machine(source, m, ("machine", n)) for n, m in enumerate(file.machine)),
         parallel=file.parallel,
+        part_bytes=part_bytes,
     )
 
 
@@ -245,7 +370,8 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
     except ValueError as error:
         source.fail((*place, "to"), str(error), "write https://host:port")
     seconds = {}
-    for key, text in (("every", table.every), ("freeze_limit", table.freeze_limit)):
+    durations = {"every": table.every, "freeze_limit": table.freeze_limit, "audit_period": table.audit_period}
+    for key, text in durations.items():
         try:
             seconds[key] = parse_duration(text)
         except ValueError as error:
@@ -263,19 +389,35 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
             thaw=table.thaw,
             freeze_limit_seconds=seconds["freeze_limit"],
             consistency=table.consistency,
+            audit_period_seconds=seconds["audit_period"],
+            files=_files(source, table.files, place),
         )
     except ValueError as error:
         source.fail((*place, "name"), str(error))
+
+
+def _files(source: Source, files: tuple[str, ...], place: toml.Place) -> tuple[Path, ...]:
+    """Small files that travel with the machine, by their absolute paths."""
+    from replica.primary.files import archive_path
+
+    paths = [Path(os.path.normpath(_path(source.path, name))) for name in files]
+    for number, path in enumerate(paths):
+        try:
+            archive_path(path)
+        except ValueError as error:
+            source.fail((*place, "files", number), f"`files`: {error}", "name the file itself")
+        if path in paths[:number]:
+            source.fail((*place, "files", number), f"file {path} is named twice", "name each once")
+    return tuple(paths)
 
 
 def _disk(source: Source, table: DiskTable, place: toml.Place) -> DiskSpec:
     from replica.primary.spec import DiskSpec
 
     try:
-        check_name(table.name, "disk name")
+        return DiskSpec(table.name, _path(source.path, table.image), table.format, table.formerly)
     except ValueError as error:
         source.fail((*place, "name"), str(error))
-    return DiskSpec(name=table.name, image=_path(source.path, table.image), format=table.format)
 
 
 def _tls(path: Path, table: TlsTable) -> TlsFiles:

@@ -122,6 +122,14 @@ class File:
         with _named("stat", self.path):
             return self._calls.fstat(self._fd).st_size
 
+    def has_name(self) -> bool:
+        """Whether the file's path still names this very file; nobody else gets its inode while it is open."""
+        with _named("stat", self.path):
+            try:
+                return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+            except FileNotFoundError:
+                return False
+
     def allocated_bytes(self) -> int:
         """Bytes the file occupies on its file system (holes do not count)."""
         with _named("stat", self.path):
@@ -388,6 +396,12 @@ class FileSystem:
         with _named("stat", path):
             info = self._calls.statvfs(path)
         return info.f_bavail * info.f_frsize
+
+    def total_bytes(self, path: Path) -> int:
+        """The size of the file system that `path` lies on."""
+        with _named("stat", path):
+            info = os.statvfs(path)
+        return info.f_blocks * info.f_frsize
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
         """Take a kernel lock on `path` (made if missing). BusyError with message `busy` if taken and not `wait`."""

@@ -160,10 +160,29 @@ class LostError(DamageError):
         self.disk, self.offset, self.length = disk, offset, length
 
 
+class LeafDamageError(DamageError):
+    """Leaves of the head are not what its Merkle tree says: the delta is refused, nothing was changed.
+
+    They are noted: at its next contact the sender sends what they held, or all of what they hold now.
+    """
+
+    code, exit_code, status, retryable = "leaf-damage", 11, 409, True
+
+
 class TrackerDamageError(DamageError):
     """What a sender remembers of a disk does not fit together; reading the disk anew heals it."""
 
     code, exit_code, status, retryable = "tracker-damage", 11, 409, True
+
+
+class AuditMissError(TrackerDamageError):
+    """A tracker reported clean what had changed. `disk` is the disk's name, `tracker` who was believed."""
+
+    code, exit_code, status, retryable = "audit-miss", 11, 409, True
+
+    def __init__(self, message: str, *, hint: str = "", disk: str = "", tracker: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.disk, self.tracker = disk, tracker
 
 
 class KeyMissingError(DamageError):

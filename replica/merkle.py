@@ -37,7 +37,7 @@ yet, and repeating it after a crash ends in the same tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import blake3
@@ -47,6 +47,7 @@ import numpy.typing as npt
 from replica import _native
 from replica.durable import File
 from replica.model import DIGEST_BYTES, LEAF_BYTES
+from replica.progress import Progress, silent
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,6 +59,7 @@ FAN_OUT = 256
 DEPTH = 4
 MAX_LEAVES = FAN_OUT**DEPTH
 BLOCK_BYTES = FAN_OUT * DIGEST_BYTES
+WINDOW_BYTES = 4 << 20
 
 _ROOT_CONTEXT = "replica 2026-11 merkle root v1"
 _OFFSETS = (538984448, 2113536, 16384, 8192, 0)
@@ -76,6 +78,27 @@ def root_of(top: bytes, size_bytes: int, leaf_bytes: int) -> bytes:
     """The root of a disk from its tree's level-4 digest. Also the disk of 0 bytes has one."""
     body = top + size_bytes.to_bytes(8, "little") + leaf_bytes.to_bytes(4, "little")
     return blake3.blake3(body, derive_key_context=_ROOT_CONTEXT).digest()
+
+
+def root_of_content(
+    size_bytes: int,
+    leaf_bytes: int,
+    allocated: Iterable[tuple[int, int]],
+    read_into: Callable[[int, memoryview], None],
+    progress: Progress = silent,
+) -> bytes:
+    """The root of a disk, read window by window where `allocated` (ascending ranges of bytes) says it is not zero."""
+    update = MerkleTree(MemoryNodes(), leaf_bytes).update(write=False)
+    reached = 0
+    for start, stop in allocated:
+        begin = max(reached, start // leaf_bytes * leaf_bytes)
+        reached = max(reached, min(-(-stop // leaf_bytes) * leaf_bytes, size_bytes))
+        for offset in range(begin, reached, WINDOW_BYTES):
+            window = memoryview(bytearray(min(WINDOW_BYTES, reached - offset)))
+            read_into(offset, window)
+            update.put(offset // leaf_bytes, leaf_digests(window, offset // leaf_bytes, leaf_bytes))
+            progress(offset + len(window), size_bytes)
+    return update.root(size_bytes)
 
 
 class Nodes(Protocol):

@@ -37,6 +37,8 @@ MAX_DISK_BYTES = 64 << 40
 """64 TiB, the largest disk VHDX allows; the Merkle tree's fixed depth covers it with 16 KiB leaves."""
 MAX_DISKS = 256
 MAX_TRACKERS = 8
+MAX_NOTES = 8
+MAX_NOTE_CHARACTERS = 512
 MAX_NAME_BYTES = 128
 """Names become parts of file names (255 bytes on every file system), with room for what is put around them."""
 
@@ -130,6 +132,18 @@ class DiskState(Frozen, frozen=True, omit_defaults=True):
             raise ValueError(f"at most {MAX_TRACKERS} trackers of 1 to {MAX_NAME_BYTES} characters can be named")
 
 
+class DamagedLeaves(Frozen, frozen=True):
+    """Leaves [first, stop) of a disk of the head whose content is not what its Merkle tree says."""
+
+    disk_id: DiskId
+    first: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.stop <= 1 << 32:
+            raise ValueError(f"leaves {self.first} to {self.stop} are no range of a disk's leaves")
+
+
 class Epoch(Frozen, frozen=True):
     """The fencing token: grows at every change of role.
 
@@ -154,7 +168,8 @@ class State(Frozen, frozen=True, omit_defaults=True):
 
     A `partial` state is a step of a long copy: no instant of the machine, hence no point. It has the number of the
     point before it (0 in a first copy), is listed nowhere and restored by nobody. `files` is the id of the disk, if
-    any, that holds the machine's configuration files and no disk of the machine.
+    any, that holds the machine's configuration files and no disk of the machine. `notes` say what somebody who
+    restores the point should know of how it was made, such as that a tracker had missed changes before.
     """
 
     replica_id: ReplicaId
@@ -166,6 +181,7 @@ class State(Frozen, frozen=True, omit_defaults=True):
     disks: tuple[DiskState, ...]
     partial: bool = False
     files: DiskId | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.point < 1 << 48:
@@ -178,6 +194,8 @@ class State(Frozen, frozen=True, omit_defaults=True):
         names = [d.disk.name for d in self.disks]
         if len(set(names)) != len(names):
             raise ValueError("two disks of a state have the same name")
+        if len(self.notes) > MAX_NOTES or any(not 0 < len(note) <= MAX_NOTE_CHARACTERS for note in self.notes):
+            raise ValueError(f"a state has at most {MAX_NOTES} notes of 1 to {MAX_NOTE_CHARACTERS} characters")
         if self.files is not None and self.files.bytes not in ids:
             raise ValueError("the disk with the machine's files is not one of the state's disks")
 
@@ -200,7 +218,28 @@ class State(Frozen, frozen=True, omit_defaults=True):
     @property
     def roots(self) -> dict[str, str]:
         """Disk name -> Merkle root in hex, as every `--json` output shows it."""
-        return {d.disk.name: d.root.hex() for d in self.disks}
+        return {d.disk.name: d.root.hex() for d in self.machine_disks}
+
+    @property
+    def machine_disks(self) -> tuple[DiskState, ...]:
+        """The machine's disks: all but the one that holds its configuration files."""
+        return tuple(d for d in self.disks if d.disk.id != self.files)
+
+
+class Stamp(Frozen, frozen=True, omit_defaults=True):
+    """A moment at the receiver: by its wall clock, and by its observed time, which no setting of that clock moves
+    (`store.clock`). The sender has no say in either."""
+
+    wall_ns: int = 0
+    observed_ns: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.wall_ns < 1 << 63 and 0 <= self.observed_ns < 1 << 63):
+            raise ValueError("time out of range")
+
+
+NEVER = Stamp()
+"""No moment is known."""
 
 
 def rfc3339(time_ns: int) -> str:

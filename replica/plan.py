@@ -16,7 +16,7 @@ the top; the first row that fits is the answer:
     replica's head is `pending`, roots equal                 Fold
     replica still holds `pending` without applying it        Cancel, then look again: only now it is definite
     `pending` and another head                               DiscardPending
-    the machine's disks are not those of the head            SizeChangedError, ConflictError
+    a disk has another grain or leaf than at the head        ConflictError
     the sender knows a head, and the replica's is another    Readopt, then look again
     replica's head is empty                                  Ship INITIAL
     replica's head is the sender's, trackers trusted         Ship INCREMENTAL
@@ -29,6 +29,9 @@ that go on as if nothing had happened overwrite each other's points for ever. So
 the sender becomes another writer first: the epoch grows, and a copy, if there
 is one, is fenced. Where there is none, that costs what had to be done anyway.
 
+Disks that were resized, added, removed or renamed since the head are nothing
+special: the delta says so. Only grain and leaf of a disk can never change.
+
 A delta always starts from the replica's head as the replica names it; the
 number of its point is the head's plus one.
 """
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from replica.errors import ConflictError, FencedError, SizeChangedError
+from replica.errors import ConflictError, FencedError
 from replica.model import DeltaId, Disk, Epoch, Frozen, State
 
 
@@ -97,7 +100,7 @@ class Mode(StrEnum):
 
     INITIAL = "initial"  # all that is not zero, onto nothing
     INCREMENTAL = "incremental"  # what differs from the stored digests
-    RESYNC = "resync"  # everything, onto a head that the trackers do not describe
+    RESYNC = "resync"  # what differs from a head that the trackers did not describe, found by comparing trees
 
 
 class Ship(Frozen, frozen=True):
@@ -115,7 +118,7 @@ Step = Wait | Cancel | Fold | DiscardPending | Readopt | Ship
 
 
 def next_step(primary: PrimaryView, replica: ReplicaView) -> Step:
-    """The table above. Raises FencedError, ConflictError or SizeChangedError: a decision for somebody else."""
+    """The table above. Raises FencedError or ConflictError: a decision for somebody else."""
     check_epoch(primary.machine, primary.epoch, replica.epoch)
     if replica.applying is not None:
         return Wait(replica.applying)
@@ -160,37 +163,12 @@ def check_epoch(machine: str, own: Epoch, replica: Epoch) -> None:
 
 
 def check_disks(machine: str, disks: tuple[Disk, ...], head: State) -> None:
-    """Raise unless the machine has exactly the disks of the replica's head, with the same names and sizes."""
-    held = {state.disk.id: state.disk for state in head.disks}
+    """Raise if a disk that the replica's head has, too, is tracked there in other units: no delta can change them."""
     for disk in disks:
-        other = held.pop(disk.id, None)
-        if other is None:
-            known = {disk.id for disk in disks}
-            left = [s.disk for s in head.disks if s.disk.id not in known and s.disk.size_bytes == disk.size_bytes]
-            if left and len(disks) == len(head.disks):
-                names = " or ".join(repr(former.name) for former in left)
-                raise ConflictError(
-                    f"machine {machine!r} has a disk {disk.name!r} that its replica does not have",
-                    hint=f"was it renamed? it is {names} at the replica: give it back that name",
-                )
+        other = head.disk(disk.id)
+        if other is not None and (other.disk.grain_bytes, other.disk.leaf_bytes) != (disk.grain_bytes, disk.leaf_bytes):
             raise ConflictError(
-                f"machine {machine!r} has a disk {disk.name!r} that its replica does not have",
-                hint="adding a disk is not supported yet; replicate it as a machine of its own",
+                f"disk {disk.name!r} of machine {machine!r} has another geometry than {other.disk.name!r} "
+                "at its replica",
+                hint="give it back its former grain and leaf size, or replicate it under another id",
             )
-        if other.size_bytes != disk.size_bytes:
-            raise SizeChangedError(
-                f"disk {disk.name!r} of machine {machine!r} has {disk.size_bytes} bytes, "
-                f"its replica {other.size_bytes}",
-                hint="resizing is not supported yet; give the image its former size, or enrol it as a new machine",
-            )
-        if other != disk:
-            raise ConflictError(
-                f"disk {disk.name!r} of machine {machine!r} was {other.name!r} with another geometry at its replica",
-                hint="give it back its former name, grain and leaf size",
-            )
-    if held:
-        names = ", ".join(repr(disk.name) for disk in held.values())
-        raise ConflictError(
-            f"the replica of machine {machine!r} has disks that the machine has no more: {names}",
-            hint="removing a disk is not supported yet; put it back into the configuration",
-        )

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_url
+from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_size, parse_url
 from replica.errors import ConfigError
 from replica.model import Consistency
+from replica.primary.spec import DiskSpec
+from replica.store import Policy
+from replica.store.space import Limit, SpaceLimits
 
 RECEIVER = """\
 listen = "127.0.0.1:8443"
@@ -64,7 +67,7 @@ def receiver_error(tmp_path: Path, text: str) -> ConfigError:
 
 def test_the_documented_receiver(tmp_path: Path) -> None:
     spec = load_receiver(write(tmp_path, "receiver.toml", RECEIVER))
-    assert (spec.listen_host, spec.listen_port, spec.keep_last) == ("127.0.0.1", 8443, 24)
+    assert (spec.listen_host, spec.listen_port, spec.retention.keep_last) == ("127.0.0.1", 8443, 24)
     assert spec.tls.ca == tmp_path / "pki/ca.crt"
     assert spec.tls.key == tmp_path / "pki/dr-1.key"
     storage = spec.storages["tier1"]
@@ -86,28 +89,32 @@ def test_the_documented_sender(tmp_path: Path) -> None:
 
 def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
     text = (
-        SENDER.replace('state = "state/"', 'state = "/var/lib/replica"\nkeys = "secret/"\nparallel = 2')
+        SENDER.replace('state = "state/"', 'state = "/var/lib/replica"\nkeys = "secret/"\nparallel = 2\npart = "64MiB"')
         .replace(
             'every = "30s"',
             'every = "1h30min"\nfreeze = ["fsfreeze", "-f", "/srv"]\nthaw = "fsfreeze -u /srv"\n'
-            'freeze_limit = "10s"\nconsistency = "application-consistent"',
+            'freeze_limit = "10s"\nconsistency = "application-consistent"\n'
+            'files = ["/etc/web-1.xml", "sub/../nvram"]\naudit_period = "1d"',
         )
-        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"')
+        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"')
     )
     spec = load_sender(write(tmp_path, "sender.toml", text))
     assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)
+    assert spec.part_bytes == 64 << 20
     (machine,) = spec.machines
     assert machine.freeze == ["fsfreeze", "-f", "/srv"]
     assert machine.thaw == "fsfreeze -u /srv"
     assert (machine.every_seconds, machine.freeze_limit_seconds) == (5400, 10)
     assert machine.consistency is Consistency.APPLICATION
-    assert (machine.disks[0].image, machine.disks[0].format) == (Path("/images/web-1.bin"), "raw")
+    assert machine.disks[0] == DiskSpec("os", Path("/images/web-1.bin"), "raw", "c")
+    assert machine.files == (Path("/etc/web-1.xml"), tmp_path / "nvram")
+    assert machine.audit_period_seconds == 86400
 
 
 def test_defaults_of_a_receiver(tmp_path: Path) -> None:
     text = RECEIVER.replace("[retention]\nkeep_last = 24\n", "").replace('trust_group = "prod"\n', "")
     spec = load_receiver(write(tmp_path, "receiver.toml", text.replace('path = "replicas/"', 'path = "r"\nhead="vhd"')))
-    assert spec.keep_last == 24
+    assert spec.retention == Policy(keep_last=24, hourly=24)
     assert spec.storages["tier1"].head == "vhd"
     assert spec.allow[0].trust_group == "default"
 
@@ -135,6 +142,10 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('image = "web-1.vhd"', "", 11, ["`image` is missing", "machine.disk"]),
         ('image = "web-1.vhd"', 'image = "a"\nformat = "qcow2"', 14, ["machine.disk.format", "qcow2"]),
         ('name = "os"', 'name = "os/1"', 12, ["'os/1'", "letters"]),
+        ('name = "os"', 'name = "machine-files"', 12, ["reserved"]),
+        ('every = "30s"', 'files = ["a", "./a"]', 10, ["named twice"]),
+        ('every = "30s"', 'files = ["/"]', 10, ["files", "1 to 1024"]),
+        ('every = "30s"', 'audit_period = "0s"', 10, ["`audit_period`", "out of range"]),
         ('name = "web-1"', 'name = ".web"', 8, ["'.web'"]),
         ('every = "30s"', 'every = "30"', 10, ["`every`", "'30'", "5min"]),
         ('every = "30s"', 'every = "0s"', 10, ["out of range"]),
@@ -157,6 +168,8 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('every = "30s"', 'every = "30s"\nfreeze = ["a\\u0000"]\nthaw = "x"', 11, ["machine.freeze", "NUL"]),
         ('name = "os"', f'name = "{"d" * 129}"', 12, ["128 bytes"]),
         ('state = "state/"', 'state = "s"\nparallel = 17', 3, ["parallel"]),
+        ('state = "state/"', 'state = "s"\npart = "4GB"', 3, ["`part`", "64MiB"]),
+        ('state = "state/"', 'state = "s"\npart = "1MiB"', 3, ["out of range", "4MiB to 64GiB"]),
         ('name = "hv-1"\n', "", None, ["`name` is missing"]),
         ('state = "state/"', "state = [", 3, ["broken TOML"]),
         ("[[machine.disk]]", "[machine.disk]", 11, ["machine.disk", "[[machine.disk]]"]),
@@ -188,6 +201,14 @@ def test_a_mistake_in_a_sender_is_named(tmp_path: Path, old: str, new: str, line
         ("keep_last = 24", "keep_last = 0", 14, ["retention.keep_last", ">= 1"]),
         ("keep_last = 24", 'keep_last = "24"', 14, ["retention.keep_last", "int"]),
         ("keep_last", "keep_lst", 14, ["`keep_last`"]),
+        ("keep_last = 24", "hourly = -1", 14, ["retention.hourly", ">= 0"]),
+        ("keep_last = 24", 'min_age = "7"', 14, ["`min_age`", "no duration"]),
+        ("keep_last = 24", 'min_age = "200000d"', 14, ["`min_age`", "100 years"]),
+        ("keep_last = 24", "min_count = 0", 14, ["retention.min_count", ">= 1"]),
+        ("keep_last = 24", "[[retention.machine]]\nhourly = 1", 14, ["`machine` is missing"]),
+        ("keep_last = 24", '[[retention.machine]]\nmachine = "a"\nhourli = 1', 16, ["`hourly`"]),
+        ('path = "replicas/"', 'path = "replicas/"\nmin_free = "5"', 9, ["`min_free`", "10GiB or 5%"]),
+        ('path = "replicas/"', 'path = "replicas/"\nwarn_free = "95%"', 9, ["`warn_free`", "90%"]),
         ('storage = "tier1"', 'storage = "tier2"', 11, ["'tier2' is not declared", "tier1"]),
         ('path = "replicas/"', 'path = "replicas/"\nhead = "vhdx"', 9, ["storage.head", "vhdx"]),
         ("[retention]", '[[storage]]\nname = "tier1"\npath = "x"\n[retention]', 13, ["two of [[storage]]", "'tier1'"]),
@@ -199,6 +220,24 @@ def test_a_mistake_in_a_receiver_is_named(tmp_path: Path, old: str, new: str, li
     assert f"receiver.toml:{line}: " in str(error)
     for word in words:
         assert word in str(error)
+
+
+def test_retention_and_space(tmp_path: Path) -> None:
+    """A machine's table says what differs; the first pattern that matches counts."""
+    text = RECEIVER.replace('path = "replicas/"', 'path = "replicas/"\nwarn_free = "100 GiB"\nmin_free = "2.5%"') + (
+        'daily = 7\nmin_age = "1h30min"\nmax_points_per_hour = 60\n'
+        '[[retention.machine]]\nmachine = "db-*"\nhourly = 48\nmin_count = 5\nshed_buckets = true\n'
+        '[[retention.machine]]\nmachine = "hv-1/*"\nmin_age = "0s"\n'
+    )
+    spec = load_receiver(write(tmp_path, "receiver.toml", text))
+    base = Policy(keep_last=24, daily=7, min_age_seconds=5400)
+    assert spec.retention == spec.policy("hv-2", "web-1") == base
+    assert spec.policy("hv-1", "db-1") == Policy(
+        keep_last=24, hourly=48, daily=7, min_count=5, min_age_seconds=5400, shed_buckets=True
+    )
+    assert spec.policy("hv-1", "web-1") == Policy(keep_last=24, daily=7)
+    assert spec.max_points_per_hour == 60
+    assert spec.limits(tmp_path / "replicas" / "x") == SpaceLimits(Limit(100 << 30), Limit(share=0.025))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:
@@ -267,3 +306,11 @@ def test_a_file_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
 def test_addresses_that_are_good(host: str) -> None:
     assert parse_url(f"https://{host}:8443/") == f"https://{host}:8443"
     assert parse_listen(f"{host}:8443") == (host.strip("[]"), 8443)
+
+
+def test_sizes() -> None:
+    for text, size in (("4MiB", 4 << 20), ("1.5 GiB", 3 << 29), (" 4GiB ", 4 << 30), ("2TiB", 2 << 40), ("8KiB", 8192)):
+        assert parse_size(text) == size
+    for text in ("", "4", "4GB", "-1GiB", "GiB", "4 GiB 1MiB"):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_size(text)

@@ -107,7 +107,7 @@ def tables(draw: st.DrawFn, most: int = 1 << 20) -> Rows:
     rows: Rows = []
     end = 0
     for gap, count, data in draw(
-        st.lists(st.tuples(st.integers(0, most), st.integers(1, most), st.integers(0, 1)), max_size=12)
+        st.lists(st.tuples(st.integers(0, most), st.integers(1, most), st.integers(0, 2)), max_size=12)
     ):
         rows.append((end + gap, count, data))
         end += gap + count
@@ -128,10 +128,11 @@ def naive_varint(value: int) -> bytes:
 
 
 @given(rows=tables(most=1 << 58))
-def test_encoding_is_two_varints_a_row_and_returns(rows: Rows) -> None:
+def test_encoding_is_two_varints_a_row_or_three_for_lost_ones_and_returns(rows: Rows) -> None:
     wanted, end = b"", 0
     for first, count, data in rows:
-        wanted += naive_varint(first - end) + naive_varint(count << 1 | data)
+        tail = b"\x01" + naive_varint(count) if data == 2 else naive_varint(count << 1 | data)
+        wanted += naive_varint(first - end) + tail
         end = first + count
     assert _native.encode_extents(table(rows)) == wanted
     decoded = np.frombuffer(_native.decode_extents(wanted, len(rows)), "<u8").reshape(-1, 3)
@@ -157,7 +158,9 @@ def test_whatever_decodes_encodes_to_the_same_bytes(encoded: bytes) -> None:
         pytest.param(b"\x00\x03\x80", id="a cut varint"),
         pytest.param(b"\x80\x00\x03", id="an overlong gap"),
         pytest.param(b"\x00\x83\x00", id="an overlong count"),
-        pytest.param(b"\x00\x01", id="an empty extent"),
+        pytest.param(b"\x00\x00", id="an empty extent"),
+        pytest.param(b"\x00\x01", id="a lost extent without its count"),
+        pytest.param(b"\x00\x01\x00", id="an empty lost extent"),
         pytest.param(b"\xff" * 9 + b"\x02\x03", id="a gap of 65 bits"),
         pytest.param(b"\xff" * 9 + b"\x01\x03", id="an end of 65 bits"),
         pytest.param(b"\xff" * 50, id="an endless varint"),
@@ -169,7 +172,7 @@ def test_other_bytes_are_refused(encoded: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [[(4, 2, 1), (5, 1, 1)], [(4, 2, 1), (0, 1, 1)], [(0, 0, 1)], [(0, 1, 2)], [(2**64 - 1, 1, 0)]]
+    "rows", [[(4, 2, 1), (5, 1, 1)], [(4, 2, 1), (0, 1, 1)], [(0, 0, 1)], [(0, 0, 2)], [(0, 1, 3)], [(2**64 - 1, 1, 0)]]
 )
 def test_other_tables_are_refused(rows: Rows) -> None:
     for action in (_native.encode_extents, lambda t: _native.overlay(t, b""), lambda t: _native.overlay(b"", t)):
@@ -177,40 +180,40 @@ def test_other_tables_are_refused(rows: Rows) -> None:
             action(table(rows))
 
 
-def by_grain(rows: Rows, source: int) -> dict[int, tuple[int, int | None]]:
-    """Grain -> (source, place in its payload or None for zero)."""
-    found: dict[int, tuple[int, int | None]] = {}
+def by_grain(rows: Rows, source: int) -> dict[int, tuple[int, int, int | None]]:
+    """Grain -> (source, kind, place in its payload or None without one)."""
+    found: dict[int, tuple[int, int, int | None]] = {}
     payload = 0
     for first, count, data in rows:
         for i in range(count):
-            found[first + i] = (source, payload + i if data else None)
-        payload += count if data else 0
+            found[first + i] = (source, data, payload + i if data == 1 else None)
+        payload += count if data == 1 else 0
     return found
 
 
 @given(lower=tables(most=9), upper=tables(most=9))
 def test_overlay_lets_the_upper_win_on_every_grain(lower: Rows, upper: Rows) -> None:
     rows = np.frombuffer(_native.overlay(table(lower), table(upper)), "<u8").reshape(-1, 5).tolist()
-    found: dict[int, tuple[int, int | None]] = {}
+    found: dict[int, tuple[int, int, int | None]] = {}
     for first, count, data, source, offset in rows:
         assert count > 0
-        assert data or offset == 0
+        assert data == 1 or offset == 0
         for i in range(count):
             assert first + i not in found
-            found[first + i] = (source, offset + i if data else None)
+            found[first + i] = (source, data, offset + i if data == 1 else None)
     assert found == by_grain(lower, 0) | by_grain(upper, 1)
     for a, b in pairwise(rows):
         assert a[0] + a[1] <= b[0], "not ascending"
-        goes_on = a[0] + a[1] == b[0] and a[2:4] == b[2:4] and a[4] + a[1] * a[2] == b[4]
+        goes_on = a[0] + a[1] == b[0] and a[2:4] == b[2:4] and a[4] + a[1] * (a[2] == 1) == b[4]
         assert not goes_on, "one source goes on in two rows"
 
 
 @given(lower=tables(most=9), upper=tables(most=9))
 def test_gather_is_the_payload_of_the_overlay(lower: Rows, upper: Rows) -> None:
-    sources = [os.urandom(512 * sum(c for _, c, d in rows if d)) for rows in (lower, upper)]
+    sources = [os.urandom(512 * sum(c for _, c, d in rows if d == 1)) for rows in (lower, upper)]
     pieces = _native.overlay(table(lower), table(upper))
     wanted = b""
-    for grain, (source, place) in sorted((by_grain(lower, 0) | by_grain(upper, 1)).items()):
+    for grain, (source, _kind, place) in sorted((by_grain(lower, 0) | by_grain(upper, 1)).items()):
         if place is not None:
             wanted += sources[source][place * 512 :][:512]
         assert grain >= 0
@@ -219,7 +222,7 @@ def test_gather_is_the_payload_of_the_overlay(lower: Rows, upper: Rows) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [(0, 3, 1, 0, 0), (0, 1, 1, 0, 2), (0, 1, 1, 1, 0), (0, 2**64 - 1, 1, 0, 1), (0, 2**60, 1, 0, 0), (0, 1, 2, 0, 0)],
+    [(0, 3, 1, 0, 0), (0, 1, 1, 0, 2), (0, 1, 1, 1, 0), (0, 2**64 - 1, 1, 0, 1), (0, 2**60, 1, 0, 0), (0, 1, 3, 0, 0)],
 )
 def test_gather_never_reads_past_a_source(row: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="source|mark"):

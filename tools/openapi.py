@@ -16,10 +16,13 @@ from replica.transport import wire
 DOCUMENT = Path(__file__).parents[1] / "docs" / "openapi.json"
 KINDS = (
     wire.ReplicaInfo,
+    wire.StillDamaged,
     wire.Enrol,
     wire.Adopt,
     wire.Begin,
     wire.Begun,
+    wire.TreeQuery,
+    wire.GrainQuery,
     wire.PointSummary,
     wire.Problem,
 )

@@ -2,24 +2,55 @@
 //!
 //! A row is (first grain, count, data), three 64-bit little-endian numbers; rows are
 //! strictly ascending and never overlap, `count` is at least 1, and `data` is 1 where
-//! the segment's payload has the grains and 0 where they are zero. A row's payload
-//! begins where that of the data rows before it ends.
+//! the segment's payload has the grains, 0 where they are zero and 2 where their content
+//! is lost. A row's payload begins where that of the data rows before it ends.
 //!
 //! Encoded, a row is two varints: the gap since the end of the row before it, and
-//! `count << 1 | data`. Both directions check everything, so a table that exists is valid.
+//! `count << 1 | data`; a lost row has 1 there (data of no grain, which is nothing else)
+//! and its count as a third. So every table has one encoding, and one without lost rows
+//! the encoding it always had. Both directions check everything, so a table that exists is valid.
 #![forbid(unsafe_code)]
 
 use crate::error::{refuse, same_length, Result};
 use crate::varint;
 
 pub const ROW_BYTES: usize = 24;
+/// What stands for `count << 1 | data` before the count of a lost row.
+const LOST_MARK: u64 = 1;
+
+/// What is known of an extent's grains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Zero,
+    Data,
+    Lost,
+}
+
+impl Kind {
+    pub fn of(mark: u64) -> Result<Kind> {
+        match mark {
+            0 => Ok(Kind::Zero),
+            1 => Ok(Kind::Data),
+            2 => Ok(Kind::Lost),
+            _ => refuse(format!("an extent whose data mark is {mark}")),
+        }
+    }
+
+    pub fn mark(self) -> u64 {
+        match self {
+            Kind::Zero => 0,
+            Kind::Data => 1,
+            Kind::Lost => 2,
+        }
+    }
+}
 
 /// One extent; `first + count` never overflows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     pub first: u64,
     pub count: u64,
-    pub data: bool,
+    pub kind: Kind,
 }
 
 impl Row {
@@ -45,17 +76,15 @@ pub fn groups<const N: usize>(what: &str, bytes: &[u8]) -> Result<Vec<[u64; N]>>
 
 /// `row` if it may follow a row that ended at `end`.
 fn check(row: [u64; 3], end: u64) -> Result<Row> {
-    let [first, count, data] = row;
-    if data > 1 {
-        return refuse(format!("an extent whose data mark is {data}"));
-    }
+    let [first, count, mark] = row;
+    let kind = Kind::of(mark)?;
     if count == 0 || count > u64::MAX >> 1 || first.checked_add(count).is_none() {
         return refuse(format!("an extent of {count} grains at grain {first}"));
     }
     if first < end {
         return refuse(format!("an extent at grain {first} after one that ends at {end}"));
     }
-    Ok(Row { first, count, data: data == 1 })
+    Ok(Row { first, count, kind })
 }
 
 /// The checked rows of a table in memory.
@@ -76,7 +105,12 @@ pub fn encode(table: &[u8]) -> Result<Vec<u8>> {
     let mut end = 0;
     for row in rows(table)? {
         varint::put(&mut out, row.first - end);
-        varint::put(&mut out, row.count << 1 | u64::from(row.data));
+        if row.kind == Kind::Lost {
+            varint::put(&mut out, LOST_MARK);
+            varint::put(&mut out, row.count);
+        } else {
+            varint::put(&mut out, row.count << 1 | row.kind.mark());
+        }
         end = row.end();
     }
     Ok(out)
@@ -92,11 +126,17 @@ pub fn decode(mut encoded: &[u8], max_rows: usize) -> Result<Vec<u8>> {
         }
         let (gap, rest) = varint::take(encoded)?;
         let (tail, rest) = varint::take(rest)?;
+        let (count, mark, rest) = if tail == LOST_MARK {
+            let (count, rest) = varint::take(rest)?;
+            (count, Kind::Lost.mark(), rest)
+        } else {
+            (tail >> 1, tail & 1, rest)
+        };
         let Some(first) = end.checked_add(gap) else {
             return refuse(format!("an extent {gap} grains after grain {end}"));
         };
-        let row = check([first, tail >> 1, tail & 1], end)?;
-        for number in [row.first, row.count, u64::from(row.data)] {
+        let row = check([first, count, mark], end)?;
+        for number in [row.first, row.count, row.kind.mark()] {
             out.extend_from_slice(&number.to_le_bytes());
         }
         end = row.end();
@@ -116,14 +156,14 @@ mod tests {
 
     #[test]
     fn a_table_returns_and_has_the_documented_bytes() {
-        let rows = table(&[[5, 1, 1], [6, 200, 0], [1 << 40, (1 << 63) - 1, 1]]);
+        let rows = table(&[[5, 1, 1], [6, 200, 0], [206, 200, 2], [1 << 40, (1 << 63) - 1, 1]]);
         let encoded = encode(&rows).unwrap();
-        assert_eq!(encoded[..5], [5, 3, 0, 0x90, 0x03]);
-        assert_eq!(decode(&encoded, 3).unwrap(), rows);
-        assert!(decode(&encoded, 2).is_err());
+        assert_eq!(encoded[..9], [5, 3, 0, 0x90, 0x03, 0, 1, 0xc8, 0x01]);
+        assert_eq!(decode(&encoded, 4).unwrap(), rows);
+        assert!(decode(&encoded, 3).is_err());
         assert!(decode(&[], 0).unwrap().is_empty());
         for length in 0..encoded.len() {
-            assert!(decode(&encoded[..length], 3).map_or(true, |part| rows.starts_with(&part)));
+            assert!(decode(&encoded[..length], 4).map_or(true, |part| rows.starts_with(&part)));
         }
     }
 
@@ -131,7 +171,9 @@ mod tests {
     fn invalid_tables_are_refused() {
         for rows in [
             &[[0, 0, 1]][..],
-            &[[0, 1, 2]],
+            &[[0, 1, 3]],
+            &[[0, 0, 2]],
+            &[[0, 1 << 63, 2]],
             &[[0, 1 << 63, 0]],
             &[[u64::MAX, 1, 0]],
             &[[4, 2, 1], [5, 1, 1]],
@@ -142,6 +184,8 @@ mod tests {
         assert!(encode(&[0; 23]).is_err());
         assert!(decode(&[0, 0], 9).is_err(), "an empty extent");
         assert!(decode(&[0], 9).is_err(), "half a row");
+        assert!(decode(&[0, 1], 9).is_err(), "a lost row without its count");
+        assert!(decode(&[0, 1, 0], 9).is_err(), "an empty lost row");
         let far = [[0xff; 9].as_slice(), &[1, 2]].concat();
         assert!(decode(&far, 9).is_err(), "past the last grain");
     }

@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{refuse, Refused, Result};
-use crate::extents::{groups, Row};
+use crate::extents::{groups, Kind, Row};
 use crate::grain::check_piece;
 
 pub const LOWER: u64 = 0;
@@ -19,7 +19,7 @@ pub const UPPER: u64 = 1;
 pub struct Piece {
     pub first: u64,
     pub count: u64,
-    pub data: bool,
+    pub kind: Kind,
     pub source: u64,
     /// Data only, else 0: grains of the source's payload before this piece's.
     pub offset_grains: u64,
@@ -33,7 +33,7 @@ impl Piece {
     /// Cut in two at grain `at`, which lies inside: the part before it, and the rest.
     fn split(self, at: u64) -> (Piece, Piece) {
         let taken = at.saturating_sub(self.first).min(self.count);
-        let moved = if self.data { taken } else { 0 };
+        let moved = if self.kind == Kind::Data { taken } else { 0 };
         let rest = Piece {
             first: self.first + taken,
             count: self.count - taken,
@@ -45,7 +45,7 @@ impl Piece {
 
     /// Whether `next` goes on where this ends; between grains that touch, no payload of their source lies either.
     fn continues(&self, next: &Piece) -> bool {
-        self.end() == next.first && self.source == next.source && self.data == next.data
+        self.end() == next.first && self.source == next.source && self.kind == next.kind
     }
 }
 
@@ -53,9 +53,10 @@ impl Piece {
 fn pieces(rows: &[Row], source: u64) -> impl Iterator<Item = Piece> + '_ {
     let mut payload = 0;
     rows.iter().map(move |row| {
-        let offset_grains = if row.data { payload } else { 0 };
-        payload += if row.data { row.count } else { 0 };
-        Piece { first: row.first, count: row.count, data: row.data, source, offset_grains }
+        let grains = if row.kind == Kind::Data { row.count } else { 0 };
+        let offset_grains = if grains > 0 { payload } else { 0 };
+        payload += grains;
+        Piece { first: row.first, count: row.count, kind: row.kind, source, offset_grains }
     })
 }
 
@@ -90,7 +91,7 @@ pub fn overlay(lower: &[Row], upper: &[Row]) -> Vec<Piece> {
 
 /// Pieces as they lie in memory.
 pub fn to_bytes(pieces: &[Piece]) -> Vec<u8> {
-    let numbers = |p: &Piece| [p.first, p.count, u64::from(p.data), p.source, p.offset_grains];
+    let numbers = |p: &Piece| [p.first, p.count, p.kind.mark(), p.source, p.offset_grains];
     pieces.iter().flat_map(numbers).flat_map(u64::to_le_bytes).collect()
 }
 
@@ -100,11 +101,8 @@ pub fn parts<'a>(table: &[u8], sources: &[&'a [u8]], grain_bytes: usize) -> Resu
     let in_bytes = |grains: u64| usize::try_from(grains).ok()?.checked_mul(grain_bytes);
     let mut total = 0usize;
     let mut parts = Vec::new();
-    for [_, count, data, source, offset] in groups::<5>("rows", table)? {
-        if data > 1 {
-            return refuse(format!("an extent whose data mark is {data}"));
-        }
-        if data == 0 {
+    for [_, count, mark, source, offset] in groups::<5>("rows", table)? {
+        if Kind::of(mark)? != Kind::Data {
             continue;
         }
         let payload = usize::try_from(source).ok().and_then(|index| sources.get(index));
@@ -127,34 +125,42 @@ pub fn parts<'a>(table: &[u8], sources: &[&'a [u8]], grain_bytes: usize) -> Resu
 mod tests {
     use super::*;
 
-    fn row(first: u64, count: u64, data: bool) -> Row {
-        Row { first, count, data }
+    const Z: Kind = Kind::Zero;
+    const D: Kind = Kind::Data;
+    const L: Kind = Kind::Lost;
+
+    fn row(first: u64, count: u64, kind: Kind) -> Row {
+        Row { first, count, kind }
     }
 
-    fn piece(first: u64, count: u64, data: bool, source: u64, offset_grains: u64) -> Piece {
-        Piece { first, count, data, source, offset_grains }
+    fn piece(first: u64, count: u64, kind: Kind, source: u64, offset_grains: u64) -> Piece {
+        Piece { first, count, kind, source, offset_grains }
     }
 
     #[test]
     fn the_upper_splits_the_lower() {
-        let lower = [row(0, 2, true), row(10, 10, true), row(30, 5, false)];
-        let upper = [row(1, 1, true), row(12, 3, false), row(19, 12, true)];
+        let lower = [row(0, 2, D), row(10, 10, D), row(30, 5, Z), row(40, 9, L)];
+        let upper = [row(1, 1, D), row(12, 3, Z), row(19, 12, D), row(42, 2, D), row(48, 3, L)];
         let wanted = [
-            piece(0, 1, true, 0, 0),
-            piece(1, 1, true, 1, 0),
-            piece(10, 2, true, 0, 2),
-            piece(12, 3, false, 1, 0),
-            piece(15, 4, true, 0, 7),
-            piece(19, 12, true, 1, 1),
-            piece(31, 4, false, 0, 0),
+            piece(0, 1, D, 0, 0),
+            piece(1, 1, D, 1, 0),
+            piece(10, 2, D, 0, 2),
+            piece(12, 3, Z, 1, 0),
+            piece(15, 4, D, 0, 7),
+            piece(19, 12, D, 1, 1),
+            piece(31, 4, Z, 0, 0),
+            piece(40, 2, L, 0, 0),
+            piece(42, 2, D, 1, 13),
+            piece(44, 4, L, 0, 0),
+            piece(48, 3, L, 1, 0),
         ];
         assert_eq!(overlay(&lower, &upper), wanted);
     }
 
     #[test]
     fn pieces_of_one_source_that_touch_become_one() {
-        let rows = [row(0, 2, true), row(2, 3, true), row(5, 1, false), row(6, 1, false)];
-        let wanted = |source| [piece(0, 5, true, source, 0), piece(5, 2, false, source, 0)];
+        let rows = [row(0, 2, D), row(2, 3, D), row(5, 1, Z), row(6, 1, Z)];
+        let wanted = |source| [piece(0, 5, D, source, 0), piece(5, 2, Z, source, 0)];
         assert_eq!(overlay(&rows, &[]), wanted(0));
         assert_eq!(overlay(&[], &rows), wanted(1));
         assert_eq!(overlay(&rows, &rows), wanted(1));
@@ -163,9 +169,9 @@ mod tests {
     #[test]
     fn every_grain_is_the_uppers_or_the_lowers() {
         // All pairs of tables over six grains, by brute force.
-        let tables: Vec<Vec<Row>> = (0..3u64.pow(6)).map(table_of).collect();
-        for lower in tables.iter().step_by(7) {
-            for upper in tables.iter().step_by(11) {
+        let tables: Vec<Vec<Row>> = (0..4u64.pow(6)).map(table_of).collect();
+        for lower in tables.iter().step_by(17) {
+            for upper in tables.iter().step_by(19) {
                 let out = overlay(lower, upper);
                 assert!(out.windows(2).all(|pair| pair[0].end() <= pair[1].first));
                 let (low, high) = (by_grain(pieces(lower, 0)), by_grain(pieces(upper, 1)));
@@ -178,23 +184,23 @@ mod tests {
     fn table_of(mut number: u64) -> Vec<Row> {
         let mut rows: Vec<Row> = Vec::new();
         for grain in 0..6 {
-            let kind = number % 3;
-            number /= 3;
-            match rows.last_mut() {
-                _ if kind == 0 => {}
-                Some(last) if last.end() == grain && last.data == (kind == 1) => last.count += 1,
-                _ => rows.push(row(grain, 1, kind == 1)),
+            let kind = Kind::of((number % 4).wrapping_sub(1)).ok();
+            number /= 4;
+            match (rows.last_mut(), kind) {
+                (_, None) => {}
+                (Some(last), Some(kind)) if last.end() == grain && last.kind == kind => last.count += 1,
+                (_, Some(kind)) => rows.push(row(grain, 1, kind)),
             }
         }
         rows
     }
 
-    fn by_grain(pieces: impl Iterator<Item = Piece>) -> Vec<Option<(u64, Option<u64>)>> {
+    fn by_grain(pieces: impl Iterator<Item = Piece>) -> Vec<Option<(u64, u64, u64)>> {
         let mut grains = vec![None; 6];
         for piece in pieces {
             for i in 0..piece.count {
-                let place = piece.data.then_some(piece.offset_grains + i);
-                grains[(piece.first + i) as usize] = Some((piece.source, place));
+                let place = if piece.kind == D { piece.offset_grains + i } else { 0 };
+                grains[(piece.first + i) as usize] = Some((piece.source, piece.kind.mark(), place));
             }
         }
         grains
@@ -205,13 +211,12 @@ mod tests {
         let (a, b) = ([1; 1024], [2; 512]);
         let sources = [a.as_slice(), b.as_slice()];
         let get = |pieces: &[Piece]| parts(&to_bytes(pieces), &sources, 512);
-        let (found, total) =
-            get(&[piece(0, 1, true, 1, 0), piece(1, 9, false, 7, 9), piece(50, 1, true, 0, 1)]).unwrap();
+        let (found, total) = get(&[piece(0, 1, D, 1, 0), piece(1, 9, Z, 7, 9), piece(50, 1, D, 0, 1)]).unwrap();
         assert_eq!((found, total), (vec![b.as_slice(), &a[512..]], 1024));
-        assert!(get(&[piece(0, 1, true, 2, 0)]).is_err());
-        assert!(get(&[piece(0, 2, true, 1, 0)]).is_err());
-        assert!(get(&[piece(0, 1, true, 1, 1)]).is_err());
-        assert!(get(&[piece(0, u64::MAX, true, 0, 2)]).is_err());
+        assert!(get(&[piece(0, 1, D, 2, 0)]).is_err());
+        assert!(get(&[piece(0, 2, D, 1, 0)]).is_err());
+        assert!(get(&[piece(0, 1, D, 1, 1)]).is_err());
+        assert!(get(&[piece(0, u64::MAX, D, 0, 2)]).is_err());
         assert!(parts(&[0; 39], &sources, 512).is_err());
         assert!(parts(&[], &sources, 511).is_err());
     }

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import click
 
 from replica import __version__
-from replica.cli import pki, points, restore, serve, status, sync, verify
+from replica.cli import adopt, enrol, lock, pki, points, prune, receipt, restore, resync, serve, status, sync, verify
 from replica.cli.output import complain
 from replica.errors import ReplicaError
 
@@ -43,6 +43,9 @@ def cli() -> None:
       replica serve -c receiver.toml                     take what primaries send
       replica points web-1 -c receiver.toml              which points can be restored
       replica restore web-1 --to out/ -c receiver.toml   the newest point as image files
+      replica lock web-1 --point 3 --until 2027-01-31 -c receiver.toml
+                                                         a point that must stay
+      replica receipt show web-1 -c receiver.toml        what the site signed of it
     At the primary site:
       replica sync web-1 -c sender.toml                  one cycle, now
       replica run -c sender.toml                         cycles on schedule until stopped
@@ -54,10 +57,16 @@ for command in (
     serve.serve,
     sync.sync,
     sync.run,
+    resync.resync,
+    enrol.enrol,
+    adopt.adopt,
     status.status,
     points.points,
+    receipt.receipt,
     restore.restore,
     verify.verify,
+    lock.lock,
+    prune.prune,
 ):
     cli.add_command(command)
 

@@ -25,15 +25,24 @@ from replica.cli.output import print_json
 @click.option(
     "--format", "image_format", type=click.Choice(["raw", "vhd"]), help="Of the files; the head's without it."
 )
+@click.option("--allow-lost", is_flag=True, help="Write zeros where content is lost, and name every such range.")
 @config_option("receiver.toml")
 @json_option
 def restore(
-    machine: str, point: int | None, target: Path, image_format: str | None, config: Path, as_json: bool
+    machine: str,
+    point: int | None,
+    target: Path,
+    image_format: str | None,
+    allow_lost: bool,
+    config: Path,
+    as_json: bool,
 ) -> None:
     """Write a recovery point of MACHINE into DIR as one image per disk.
 
     The content is checked against the point's Merkle roots before a file gets
-    its name: what is called DIR/os.raw is the disk as it was. Works whether
+    its name: what is called DIR/os.raw is the disk as it was. Files that travel
+    with the machine (`files` in the sender's configuration) go to DIR/files/,
+    each under the path that it has at the primary. Works whether
     `serve` runs or not, and replication goes on meanwhile.
 
     \b
@@ -44,17 +53,29 @@ def restore(
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
     from replica.durable import FileSystem
-    from replica.store import HeadFormat, restore_point
+    from replica.store import HeadFormat, read_files, restore_point
 
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     form: HeadFormat = "vhd" if (image_format or reader.identity.head_format) == "vhd" else "raw"
     with reader.open_point(point) as opened, bars(as_json) as bar:
-        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"))
+        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), allow_lost=allow_lost)
+        lost = {disk.name: ranges for disk in opened.disks if (ranges := opened.lost(disk.id))}
+        machine_files = [str(target / "files" / path) for path in read_files(opened)]
         number = opened.state.point
+    for name, ranges in lost.items():
+        click.echo(
+            f"replica: WARNING: disk {name} is NOT the point: its root was not checked, and zeros are at", err=True
+        )
+        for start, stop in ranges:
+            click.echo(f"replica:   bytes {start} to {stop}", err=True)
     if as_json:
-        print_json({"point": number, "files": {name: str(path) for name, path in files.items()}})
+        disks = {name: str(path) for name, path in files.items()}
+        print_json({"point": number, "files": disks, "machine_files": machine_files, "lost": lost})
         return
-    click.echo(f"point {number} of {machine} is restored and checked:")
+    checked = "restored, but for what is lost" if lost else "restored and checked"
+    click.echo(f"point {number} of {machine} is {checked}:")
     for name, path in files.items():
         click.echo(f"  {name}: {path}")
+    for file in machine_files:
+        click.echo(f"  {file}")

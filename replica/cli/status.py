@@ -13,7 +13,9 @@ from replica.cli.output import duration, error_fields, print_json, print_table, 
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
+    from replica.durable import FileSystem
     from replica.primary.status import MachineStatus
+    from replica.receiver.spec import SiteSpec
     from replica.store import ReplicaReader
 
 
@@ -40,13 +42,14 @@ def status(config: Path, as_json: bool) -> None:
 
 
 def _receiver(config: Path, as_json: bool) -> None:
-    from replica.cli.replicas import all_replicas
+    from replica.cli.replicas import all_replicas, full_name
     from replica.config import load_receiver
     from replica.durable import FileSystem
 
-    fs = FileSystem()
-    readers, broken = all_replicas(fs, load_receiver(config))
-    rows = [_replica(reader) for reader in readers]
+    fs, spec = FileSystem(), load_receiver(config)
+    readers, broken = all_replicas(fs, spec)
+    told = {full_name(reader): warnings(fs, spec, reader) for reader in readers}
+    rows = [{**_replica(fs, reader), "warnings": told[full_name(reader)]} for reader in readers]
     if as_json:
         print_json([*rows, *({"directory": str(path), "error": error_fields(error)} for path, error in broken)])
         return
@@ -55,13 +58,41 @@ def _receiver(config: Path, as_json: bool) -> None:
     if rows:
         headers = ("machine", "owner", "point", "frozen at", "behind", "points", "stored", "head", "state")
         print_table(headers, [_line(row) for row in rows])
+    for name, texts in told.items():
+        for text in texts:
+            click.echo(f"{name}: {text}")
     for path, error in broken:
         click.echo(f"{path}: {error}")
 
 
-def _replica(reader: ReplicaReader) -> dict[str, object]:
+def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]:
+    """What an operator should change before it matters: floodable retention, unknown locks, space."""
+    from replica.errors import ReplicaError
+    from replica.store.marks import Marks
+    from replica.store.retention import FLOODABLE
+    from replica.store.space import judge
+
+    found, directory = [], reader.layout.root
+    marks = Marks(fs, reader.layout)
+    try:
+        locked = marks.locked(marks.now())
+    except ReplicaError as error:
+        found.append(str(error))
+        locked = {}
+    if spec.policy(reader.identity.owner, reader.identity.machine).is_floodable and not locked:
+        found.append(f"retention: {FLOODABLE}")
+    space = judge(fs.free_bytes(directory), fs.total_bytes(directory), spec.limits(directory))
+    if space.is_low:
+        what = "nothing is taken until there is more (min_free)" if space.short_bytes else "below warn_free"
+        found.append(f"{size(space.free_bytes)} of {size(space.total_bytes)} are free in {directory.parent}: {what}")
+    return found
+
+
+def _replica(fs: FileSystem, reader: ReplicaReader) -> dict[str, object]:
+    from replica.store.receipts import ReceiptFiles
+
     identity, head, listed = reader.identity, reader.head, reader.points()
-    frozen_at = head.frozen_at_ns
+    frozen_at = listed[-1].state.frozen_at_ns if listed else None
     return {
         "machine": identity.machine,
         "owner": identity.owner,
@@ -69,21 +100,29 @@ def _replica(reader: ReplicaReader) -> dict[str, object]:
         "trust_group": identity.trust_group,
         "head_format": identity.head_format,
         "point": head.point,
-        "frozen_at": None if head.is_empty else rfc3339(frozen_at),
-        "behind_seconds": None if head.is_empty else round(max(0.0, time.time() - frozen_at / 1e9), 3),
+        "frozen_at": None if frozen_at is None else rfc3339(frozen_at),
+        "behind_seconds": None if frozen_at is None else round(max(0.0, time.time() - frozen_at / 1e9), 3),
         "points": len(listed),
         "bytes": sum(p.stored_bytes for p in listed),
         "restorable": all(p.restorable for p in listed) and not reader.damaged,
         "damaged": [str(path) for path in reader.damaged],
+        "damaged_leaves": sum(d.stop - d.first for d in reader.marks.leaves),
+        "copying": head.partial,
+        "receipt": ReceiptFiles(fs, reader.layout).word(listed[-1].state).value if listed else None,
         "applying": None if reader.applying is None else str(reader.applying),
-        "disks": {d.disk.name: d.disk.size_bytes for d in head.disks},
+        "disks": {d.disk.name: d.disk.size_bytes for d in head.machine_disks},
         "roots": head.roots,
     }
 
 
 def _line(row: dict[str, object]) -> tuple[str, ...]:
     behind, stored = row["behind_seconds"], row["bytes"]
-    state = "applying" if row["applying"] else "ok" if row["restorable"] else "DAMAGED POINTS"
+    state = "applying" if row["applying"] else "copying" if row["copying"] else "ok"
+    state = state if row["restorable"] else "DAMAGED POINTS"
+    if state == "ok" and row["receipt"] in ("missing", "damaged"):
+        state = f"receipt {row['receipt']}"
+    if row["damaged_leaves"]:
+        state = f"DAMAGED HEAD ({row['damaged_leaves']} leaves; the next sync repairs them)"
     return (
         str(row["machine"]),
         str(row["owner"]),
@@ -124,9 +163,13 @@ def _sender(config: Path, as_json: bool) -> None:
         ],
     )
     for s in statuses:
+        if s.copying is not None:
+            click.echo(f"{s.machine}: copying, {size(s.copying.done_bytes)} of {size(s.copying.total_bytes)}")
         if s.last_error is not None:
             hint = f"; {s.last_error.hint}" if s.last_error.hint else ""
             click.echo(f"{s.machine}, {rfc3339(s.last_error.at_ns)}: {s.last_error.message}{hint}")
+        for alert in s.alerts:
+            click.echo(f"{s.machine}, {rfc3339(alert.at_ns)}: ALERT: {alert.message}")
 
 
 def _machine(status: MachineStatus) -> dict[str, object]:
@@ -139,8 +182,15 @@ def _machine(status: MachineStatus) -> dict[str, object]:
         "point": status.point,
         "frozen_at": None if status.frozen_at_ns is None else rfc3339(status.frozen_at_ns),
         "behind_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
+        "copying": None
+        if status.copying is None
+        else {"bytes_done": status.copying.done_bytes, "bytes_total": status.copying.total_bytes},
         "last_error": None
         if error is None
         else {"code": error.code, "message": error.message, "hint": error.hint, "at": rfc3339(error.at_ns)},
+        "alerts": [
+            {"disk": a.disk, "tracker": a.tracker, "point": a.point, "at": rfc3339(a.at_ns), "message": a.message}
+            for a in status.alerts
+        ],
         "next_due": None if status.next_due_ns is None else rfc3339(status.next_due_ns),
     }

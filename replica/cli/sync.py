@@ -69,12 +69,12 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
     from replica.transport.tls import client_context
 
     spec = load_sender(config)
-    machines = _chosen(spec, machine)
+    machines = chosen(spec, machine)
     client_context(spec.tls)
     with stopping() as stop, bars(as_json) as bar:
         outcomes = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop)
     if as_json:
-        print_json([_entry(outcome) for outcome in outcomes])
+        print_json([entry_of(outcome) for outcome in outcomes])
     for outcome in outcomes:
         if outcome.error is not None:
             complain(outcome.error, outcome.machine)
@@ -86,7 +86,7 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
     return next((outcome.error.exit_code for outcome in outcomes if outcome.error is not None), 0)
 
 
-def _chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
+def chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
     """The machines to sync, in the configuration's order."""
     machines = tuple(m for m in spec.machines if name in (None, m.name, f"{spec.name}/{m.name}"))
     if not machines:
@@ -102,7 +102,8 @@ def _line(result: SyncResult) -> str:
     )
 
 
-def _entry(outcome: Outcome) -> dict[str, object]:
+def entry_of(outcome: Outcome) -> dict[str, object]:
+    """A machine's outcome as `--json` shows it."""
     if outcome.error is not None:
         return {"machine": outcome.machine, "error": error_fields(outcome.error)}
     result = outcome.result
@@ -118,6 +119,9 @@ def _entry(outcome: Outcome) -> dict[str, object]:
         "bytes_wire": result.bytes_wire,
         "seconds": round(result.seconds, 6),
         "roots": result.roots,
+        "mode": str(result.mode),
+        "parts": result.parts,
+        "bytes_differing": result.bytes_differing,
     }
 
 

@@ -9,14 +9,14 @@ from replica.delta.apply import apply, settle, write
 from replica.delta.change import Delta, DiskChange, MemoryDelta, disk_changes
 from replica.delta.compose import compose, compose_segments
 from replica.delta.diff import diff, hole_rows, window_rows
-from replica.delta.extents import DATA, EXTENT, ZERO, Rows, rows_of
+from replica.delta.extents import DATA, EXTENT, LOST, ZERO, Rows, rows_of
 from replica.delta.file import DeltaFileReader
 from replica.delta.head import Head, MemoryHead
 from replica.delta.header import HEADER_BYTES, TRAILER_BYTES, Header, Trailer, decode_header, decode_trailer
 from replica.delta.keys import DataKey, Keyring, KeySource, MemoryKeys
 from replica.delta.manifest import Manifest, SegmentEntry
 from replica.delta.pack import Packer, Sink, pack
-from replica.delta.prepare import LeafDamageError, prepare
+from replica.delta.prepare import RottenLeavesError, prepare
 from replica.delta.read import ChainReader, Layer
 from replica.delta.segment import (
     MAX_EXTENTS,
@@ -34,6 +34,7 @@ __all__ = [
     "DATA",
     "EXTENT",
     "HEADER_BYTES",
+    "LOST",
     "MAX_EXTENTS",
     "SEGMENT_RAW_BYTES",
     "TRAILER_BYTES",
@@ -50,12 +51,12 @@ __all__ = [
     "KeySource",
     "Keyring",
     "Layer",
-    "LeafDamageError",
     "Manifest",
     "MemoryDelta",
     "MemoryHead",
     "MemoryKeys",
     "Packer",
+    "RottenLeavesError",
     "Rows",
     "SealedSegment",
     "Segment",

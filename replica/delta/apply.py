@@ -16,8 +16,8 @@ Rolling back is `write(head, inverse)` and `settle(head, inverse, delta)`.
 Why `settle` takes both deltas. It must know which leaves may differ from what
 the tree says, also when an earlier `settle` was interrupted and the tree is half
 written; so it must not ask the tree. A leaf changes only if it gets data or
-loses data, that is where the delta or its inverse has a DATA extent. (And the
-leaf at the smaller of the two sizes, and all behind the end if the disk shrank.)
+loses data, that is where the delta or its inverse has a DATA extent (or a LOST
+one: data was lost there). (And the leaf at the smaller of the two sizes, and all behind the end if the disk shrank.)
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from replica.delta.leaves import PIECE_BYTES, ByDisk, leaf_runs
 from replica.delta.prepare import prepare
 from replica.delta.ranges import union
 from replica.delta.segment import Segment
+from replica.errors import LostError
 from replica.merkle import Digests, leaf_digests
 from replica.model import DeltaId, DiskState, random_id
 from replica.progress import Progress, silent
@@ -48,8 +49,13 @@ class Extents(Protocol):
 def write(head: Head, delta: Delta, progress: Progress = silent) -> None:
     """Pass 2: the disks, then every extent. Reads nothing of the head, so it may be repeated after any crash.
 
-    Call it only with a delta that `prepare` accepted. StorageError; the head may then be half written.
+    Call it only with a delta that `prepare` accepted, or with an inverse. LostError, and nothing is changed, if
+    content that nobody has would have to be written; StorageError, and the head may then be half written.
     """
+    if delta.marks_lost:
+        raise LostError(
+            f"state {delta.result.delta_id} cannot be made again: damage took some of it before it was overwritten"
+        )
     head.set_disks([c.after for c in delta.disks if c.after])
     total, done = total_bytes(delta, progress), 0
     for segment in delta.segments():

@@ -13,6 +13,8 @@ For a disk that goes from `base_grains` to `result_grains`:
 - an all-zero grain is a ZERO extent, never DATA;
 - a grain at or after `base_grains` reads as zero by itself: ZERO extents
   there are omitted;
+- LOST extents say that nobody has the content any more; only inverses have them,
+  anywhere in `result_grains`, and `marks_lost` says that there are some;
 - content is compared by whole, zero-padded grains. So bytes past the disk's
   end are zero in its last grain, and a delta that cuts a disk *inside* a grain
   carries that grain unless its cut-off part was zero already. This is what
@@ -29,7 +31,7 @@ from typing import Protocol
 import numpy as np
 
 from replica import _native
-from replica.delta.extents import DATA, ZERO, Rows, as_bytes, count_data, stop_of
+from replica.delta.extents import DATA, LOST, ZERO, Rows, as_bytes, count_data, stop_of
 from replica.delta.segment import MAX_EXTENTS, SEGMENT_RAW_BYTES, Segment
 from replica.errors import FormatError, RootMismatchError
 from replica.model import DeltaId, Disk, DiskId, DiskState, State
@@ -100,6 +102,11 @@ class Delta(Protocol):
     def result(self) -> State: ...
     @property
     def disks(self) -> tuple[DiskChange, ...]: ...
+    @property
+    def marks_lost(self) -> bool:
+        """Whether there may be LOST extents in it; where this is not said, they are refused."""
+        ...
+
     def segments(self) -> Iterator[Segment]:
         """Every segment in number order, whole and checked."""
         ...
@@ -122,6 +129,10 @@ class MemoryDelta:
     def disks(self) -> tuple[DiskChange, ...]:
         return disk_changes(self.base, self.result)
 
+    @cached_property
+    def marks_lost(self) -> bool:
+        return any((s.extents["data"] == LOST).any() for s in self.parts)
+
     def segments(self) -> Iterator[Segment]:
         return iter(self.parts)
 
@@ -133,11 +144,13 @@ class MemoryDelta:
         return cls(delta.delta_id, delta.base, delta.result, tuple(delta.segments()))
 
 
-def check_rows(change: DiskChange, rows: Rows) -> None:
-    """FormatError unless the rows of one segment are canonical for this disk."""
+def check_rows(change: DiskChange, rows: Rows, *, lost: bool = False) -> None:
+    """FormatError unless the rows of one segment are canonical for this disk. `lost`: whether LOST may be there."""
     name = change.disk.name
-    if not 0 < len(rows) <= MAX_EXTENTS or (rows["count"] == 0).any() or (rows["data"] > DATA).any():
+    if not 0 < len(rows) <= MAX_EXTENTS or (rows["count"] == 0).any():
         raise FormatError(f"a segment of disk {name!r} has a bad number of extents or an empty extent")
+    if (rows["data"] > (LOST if lost else DATA)).any():
+        raise FormatError(f"a segment of disk {name!r} has lost extents, which only a replica's own inverses may have")
     ends = rows["first"] + rows["count"]
     if (ends < rows["first"]).any() or (ends[:-1] > rows["first"][1:]).any():
         raise FormatError(f"extents of disk {name!r} are not ascending")
@@ -149,9 +162,9 @@ def check_rows(change: DiskChange, rows: Rows) -> None:
         raise FormatError(f"zero extents of disk {name!r} reach past the base's end")
 
 
-def check_segment(change: DiskChange, segment: Segment) -> None:
-    """FormatError unless rows and payload of a segment are canonical for this disk."""
-    check_rows(change, segment.extents)
+def check_segment(change: DiskChange, segment: Segment, *, lost: bool = False) -> None:
+    """FormatError unless rows and payload of a segment are canonical for this disk. `lost` as in `check_rows`."""
+    check_rows(change, segment.extents, lost=lost)
     grain, name = change.grain_bytes, change.disk.name
     payload = as_bytes(segment.payload)
     if len(payload) != count_data(segment.extents) * grain or len(payload) > SEGMENT_RAW_BYTES:

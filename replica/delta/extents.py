@@ -1,9 +1,10 @@
-"""Extents of one disk as numpy rows: (first grain, count of grains, data 0|1).
+"""Extents of one disk as numpy rows: (first grain, count of grains, data 0|1|2).
 
 A *row set* is sorted by `first`, its rows never overlap, every count is at
 least one, and rows that touch and are of the same kind are one row
 (coalesced). `data` 1 means the grains' content is in the payload that goes
-with the rows, one whole grain after the other; 0 means they are all zero.
+with the rows, one whole grain after the other; 0 means they are all zero; 2,
+which only inverses have, that their content is lost: nobody has it any more.
 
 Everything here is pure and vectorised: nothing loops over grains in Python.
 """
@@ -54,7 +55,7 @@ def stop_of(rows: Rows) -> int:
 
 
 def rows_of_kinds(first: int, kinds: Bytes) -> Rows:
-    """Coalesced rows of consecutive grains: kind 0 is no extent, 1 is ZERO, 2 is DATA."""
+    """Coalesced rows of consecutive grains: kind 0 is no extent, 1 is ZERO, 2 is DATA, 3 is LOST."""
     if not len(kinds):
         return empty_rows()
     starts = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
@@ -62,8 +63,8 @@ def rows_of_kinds(first: int, kinds: Bytes) -> Rows:
     return _rows(starts + first, counts, kinds[starts])
 
 
-def rows_of_grains(grains: npt.NDArray[np.uint64], data: npt.NDArray[np.bool_]) -> Rows:
-    """Coalesced rows of single grains: ascending indices and whether each has a payload."""
+def rows_of_grains(grains: npt.NDArray[np.uint64], data: npt.NDArray[np.bool_] | Bytes) -> Rows:
+    """Coalesced rows of single grains: ascending indices and what each is (ZERO, DATA or LOST)."""
     if not len(grains):
         return empty_rows()
     breaks = (grains[1:] != grains[:-1] + np.uint64(1)) | (data[1:] != data[:-1])
@@ -74,7 +75,7 @@ def rows_of_grains(grains: npt.NDArray[np.uint64], data: npt.NDArray[np.bool_]) 
 
 def _rows(first: npt.NDArray[np.integer], count: npt.NDArray[np.integer], kinds: Bytes) -> Rows:
     rows = np.empty(len(first), dtype=EXTENT)
-    rows["first"], rows["count"], rows["data"] = first, count, kinds == 2
+    rows["first"], rows["count"], rows["data"] = first, count, np.maximum(kinds, 1) - 1
     kept: Rows = rows[kinds != 0]
     return kept
 
@@ -117,7 +118,7 @@ def omit_zero_from(rows: Rows, count_grains: int) -> Rows:
     if stop_of(rows) <= count_grains:
         return rows
     ends = rows["first"] + rows["count"]
-    kept: Rows = rows[(rows["data"] == DATA) | (rows["first"] < count_grains)].copy()
+    kept: Rows = rows[(rows["data"] != ZERO) | (rows["first"] < count_grains)].copy()
     ends = kept["first"] + kept["count"]
     over = (kept["data"] == ZERO) & (ends > count_grains)
     kept["count"][over] = np.uint64(count_grains) - kept["first"][over]

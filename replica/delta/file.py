@@ -39,7 +39,7 @@ from replica.delta.segment import (
 )
 from replica.durable import File
 from replica.errors import FormatError
-from replica.model import DeltaId, State
+from replica.model import DeltaId, Stamp, State
 from replica.progress import Progress, silent
 
 
@@ -96,8 +96,18 @@ class DeltaFileReader:
         return self.manifest.result
 
     @property
+    def committed(self) -> Stamp:
+        """Of an inverse: when its result had been committed."""
+        return self.manifest.committed
+
+    @property
     def disks(self) -> tuple[DiskChange, ...]:
         return self.manifest.disks
+
+    @property
+    def marks_lost(self) -> bool:
+        """Whether there may be LOST extents in it: content that nobody has any more."""
+        return self.manifest.lost
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -114,7 +124,7 @@ class DeltaFileReader:
         change = self.disks[entry.disk]
         segment = open_segment(self._opener, number, blob, change.grain_bytes)
         self._check_range(entry, segment.disk, segment.extents)
-        check_segment(change, segment)
+        check_segment(change, segment, lost=self.marks_lost)
         return segment
 
     def segments(self) -> Iterator[Segment]:
@@ -127,7 +137,7 @@ class DeltaFileReader:
         length = table_bytes(self._read(entry.offset, PREFIX_BYTES), number, entry.length, self.name)
         table = open_table(self._opener, number, self._read(entry.offset + PREFIX_BYTES, length), entry.length)
         self._check_range(entry, table.disk, table.extents)
-        check_rows(self.disks[entry.disk], table.extents)
+        check_rows(self.disks[entry.disk], table.extents, lost=self.marks_lost)
         return table
 
     def chunk(self, table: Table, index: int) -> bytes:

@@ -7,7 +7,7 @@ leaf lies in exactly one piece, a piece touches at most 4 MiB of leaves, and a
 zero extent of any length costs no more than the leaves in it that are not zero.
 
 `leaf_runs` is the same for whoever needs no payload: the leaves that a delta's
-DATA extents touch.
+DATA and LOST extents touch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from replica.delta.change import DiskChange
-from replica.delta.extents import DATA, ZERO, Rows, clip, empty_rows, rows_of, stop_of
+from replica.delta.extents import ZERO, Rows, clip, empty_rows, rows_of, stop_of
 from replica.errors import FormatError
 from replica.merkle import FAN_OUT, MerkleTree
 
@@ -188,9 +188,9 @@ def stored_runs(tree: MerkleTree, low: int, high: int, level: int = 2) -> Iterat
 
 
 def leaf_runs(parts: Iterable[Rows], grains_per_leaf: int) -> Iterator[tuple[int, int]]:
-    """Leaves [first, stop) that DATA extents touch: ascending, though neighbours may overlap by one leaf."""
+    """Leaves [first, stop) that DATA or LOST extents touch: ascending, though neighbours may overlap by one leaf."""
     for rows in parts:
-        data = rows[rows["data"] == DATA]
+        data = rows[rows["data"] != ZERO]
         first = data["first"].astype(np.int64) // grains_per_leaf
         stop = -(-(data["first"] + data["count"]).astype(np.int64) // grains_per_leaf)
         yield from zip(first.tolist(), stop.tolist(), strict=True)

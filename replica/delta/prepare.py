@@ -8,45 +8,71 @@ the roots that will result are known before a byte of the head has changed.
 What the inverse carries, for a disk that goes from p to q grains: every grain
 the delta covers, and every grain from q to p, which is cut off. It is canonical
 as any delta: zeros at or after q are omitted, since growing back makes them.
+
+A *rotten* leaf, whose content is not what the tree says, is never sealed as if it
+were good. Where the delta replaces all of it, what it brings may tell what was there
+(`recover`). The others that are met are reported together (RottenLeavesError), so that
+they can be sent again. Only if a leaf was known to be rotten before (`rotten`), and the
+delta replaces every grain of it, the delta passes all the same: its old grains are LOST
+in the inverse. What the tree says is zero is known without the image; what it says of any old leaf
+counts only if the head's committed root comes out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from replica import _native
 from replica.delta.change import Delta, DiskChange, check_roots, check_segment, total_bytes
-from replica.delta.extents import DATA, ZERO, Rows, as_bytes, grains_of, rows_of, rows_of_grains, stop_of
+from replica.delta.extents import DATA, LOST, ZERO, Rows, as_bytes, grains_of, rows_of, rows_of_grains, stop_of
 from replica.delta.head import Head
 from replica.delta.leaves import Blank, ByDisk, Leaves, Piece, aligned, pieces, runs_of
 from replica.delta.pack import Packer, Sink
+from replica.delta.recover import recover
 from replica.delta.segment import Segment
-from replica.errors import BaseMismatchError, DamageError, FormatError
-from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests
-from replica.model import DIGEST_BYTES, DiskState
+from replica.errors import BaseMismatchError, FormatError, LeafDamageError
+from replica.merkle import FAN_OUT, Digests, MemoryNodes, MerkleTree, leaf_digests
+from replica.model import DIGEST_BYTES, DamagedLeaves, DiskId, DiskState
 from replica.progress import Progress, silent
 
+Flags = npt.NDArray[np.bool_]
 
-class LeafDamageError(DamageError):
-    """Leaves of the head are not what its tree says: nothing was changed."""
+MAX_DAMAGED = 1 << 16
+"""Rotten leaves that one pass counts; what is beyond them is found the next time."""
 
-    def __init__(self, disk: str, offset: int, length: int) -> None:
+
+class RottenLeavesError(LeafDamageError):
+    """`LeafDamageError` where it is found: `leaves` are all of them, ascending per disk."""
+
+    def __init__(self, message: str, leaves: tuple[DamagedLeaves, ...], trees: tuple[DiskId, ...] = ()) -> None:
         super().__init__(
-            f"disk {disk!r} of the head is damaged: {length} bytes at {offset} are not what its Merkle tree says",
-            hint="the storage under the head lost or changed them; the older points do not need these bytes",
+            message,
+            hint="the storage under the head lost or changed them; the next sync sends them again, and points that "
+            "do not read them can be restored",
         )
-        self.disk, self.offset, self.length = disk, offset, length
+        self.leaves = leaves
+        self.trees = trees
+        """Disks whose stored tree does not have the root that the head's state names."""
 
 
-def prepare(head: Head, delta: Delta, sink: Sink, progress: Progress = silent) -> tuple[DiskState, ...]:
+def prepare(
+    head: Head,
+    delta: Delta,
+    sink: Sink,
+    progress: Progress = silent,
+    *,
+    rotten: Collection[DamagedLeaves] = (),
+) -> tuple[DiskState, ...]:
     """Pass 1: check everything and change nothing. Returns the result's disks with their roots.
 
     The inverse's segments (base: the delta's result, result: its base, the same disk table) go to `sink` in order.
+    `rotten` are leaves that are known to be damaged and that nobody could send again.
 
-    Raises BaseMismatchError (the head is not the delta's base), FormatError (not canonical), LeafDamageError
-    (an old leaf is not what the tree says), RootMismatchError (another result than the manifest names).
+    Raises BaseMismatchError (the head is not the delta's base), FormatError (not canonical), RottenLeavesError
+    (old leaves are not what the tree says), RootMismatchError (another result than the manifest names).
     """
     if head.state != delta.base:
         raise BaseMismatchError(
@@ -55,30 +81,62 @@ def prepare(head: Head, delta: Delta, sink: Sink, progress: Progress = silent) -
     packer = Packer(sink)
     segments = ByDisk((s.disk, s) for s in delta.segments())
     total, done, roots = total_bytes(delta, progress), 0, []
+    damaged: list[DamagedLeaves] = []
+    unfit: list[DiskId] = []
     for index, change in enumerate(delta.disks):
-        one = _PrepareDisk(head, index, change, packer)
+        one = _PrepareDisk(head, index, change, packer, [r for r in rotten if r.disk_id == change.disk_id])
         for rows, payload in aligned(one.parts(segments.take(index)), one.per_leaf, change.grain_bytes):
             for piece in pieces(rows, payload, change, one.tree):
                 one.add(piece)
                 done += len(piece.payload) if isinstance(piece, Piece) else 0
                 progress(done, total)
         root = one.finish()
+        damaged += one.damaged
+        base = delta.base.disk(change.disk_id)
+        if base is not None and one.root_before != base.root:
+            unfit.append(change.disk_id)
         if change.after:
             roots.append(DiskState(change.after, root))
     segments.finish()
     packer.flush()
+    if damaged or unfit:
+        raise _rotten(delta, damaged, tuple(unfit))
     return check_roots(tuple(roots), delta.result)
+
+
+def _rotten(delta: Delta, damaged: list[DamagedLeaves], unfit: tuple[DiskId, ...]) -> RottenLeavesError:
+    if not damaged:
+        names = ", ".join(repr(c.disk.name) for c in delta.disks if c.disk_id in unfit)
+        return RottenLeavesError(f"the Merkle tree of disk {names} of the head is damaged", (), unfit)
+    damaged = sorted(damaged, key=lambda leaves: (leaves.disk_id.bytes, leaves.first))
+    disk = next(c for c in delta.disks if c.disk_id == damaged[0].disk_id)
+    offset = damaged[0].first * disk.leaf_bytes
+    length = min(damaged[0].stop * disk.leaf_bytes, disk.base_bytes) - offset
+    more = f", and {len(damaged) - 1} more leaves" if len(damaged) > 1 else ""
+    return RottenLeavesError(
+        f"disk {disk.disk.name!r} of the head is damaged: {length} bytes at {offset} are not what its Merkle tree "
+        f"says{more}",
+        tuple(damaged),
+        unfit,
+    )
 
 
 class _PrepareDisk:
     """One disk's part of pass 1."""
 
-    def __init__(self, head: Head, index: int, change: DiskChange, packer: Packer) -> None:
+    def __init__(self, head: Head, index: int, change: DiskChange, packer: Packer, rotten: list[DamagedLeaves]) -> None:
         self._head, self._index, self._change, self._packer = head, index, change, packer
         self.per_leaf = change.leaf_bytes // change.grain_bytes
         self.tree = head.tree(change.disk_id) if change.before else MerkleTree(MemoryNodes(), change.leaf_bytes)
         self._update = self.tree.update(write=False)
+        self._before = self.tree.update(write=False)
+        """Is put what the tree says of the old leaves: its root proves that they are those of the head's state."""
+        self.root_before = b""
         self._covered_stop = 0
+        self._rotten = rotten
+        self.damaged: list[DamagedLeaves] = []
+        self._boundary = _boundary_leaf(change)
+        """The leaf where the disk ends before or after: read back at the end, so it is checked like the others."""
 
     def parts(self, segments: Iterator[Segment]) -> Iterator[tuple[Rows, memoryview]]:
         """The delta's rows, and as the last one what is cut off, as zeros."""
@@ -106,6 +164,9 @@ class _PrepareDisk:
         """Inverse and new digests of the next leaves."""
         change = self._change
         if isinstance(piece, Blank):
+            self._put_blank(piece)
+            if piece.first <= self._boundary * self.per_leaf < piece.stop:
+                self._boundary = -1
             if piece.first < change.result_grains:
                 rows = rows_of([(piece.first, piece.stop - piece.first, ZERO)])
                 self._packer.add(self._index, change.grain_bytes, rows, b"")
@@ -113,16 +174,42 @@ class _PrepareDisk:
         grains = grains_of(piece.rows).astype(np.int64)
         slots = np.searchsorted(piece.leaves, grains // self.per_leaf)
         places = slots * self.per_leaf + grains % self.per_leaf
-        leaves = self._read(piece.leaves, np.bincount(slots, minlength=len(piece.leaves)) == self.per_leaf)
-        self._emit(leaves, grains, places)
-        data = np.repeat(piece.rows["data"] == DATA, piece.rows["count"].astype(np.int64))
-        view = leaves.reshape(-1, change.grain_bytes)
-        view[places[data]] = as_bytes(piece.payload).reshape(-1, change.grain_bytes)
-        view[places[~data]] = 0
-        self._put(piece.leaves, leaves)
+        covered = self._covered(piece.leaves, slots[grains < change.base_grains])
+        if self._boundary in piece.leaves:
+            self._boundary = -1
+        leaves, stored, bad = self._read(piece.leaves, covered)
+        new = leaves.copy() if bad.any() else leaves
+        lost = np.zeros(len(bad), dtype=np.bool_)
+        if bad.any():
+            self._lay(piece, new, places)
+            lost = self._recover(piece.leaves, leaves, new, stored, bad & covered)
+            self._report(piece.leaves[bad & ~covered])
+        self._emit(leaves, grains, places, lost[slots])
+        if not bad.any():
+            self._lay(piece, new, places)
+        self._put(piece.leaves, new)
 
-    def _read(self, numbers: Leaves, covered: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Digests:
-        """The old leaves, u8[n, leaf_bytes], checked against the tree. LeafDamageError.
+    def _put_blank(self, blank: Blank) -> None:
+        """Zeros enough for `root_before` to prove all of them: one under each node of level 2, and both ends."""
+        first, last = blank.first // self.per_leaf, blank.stop // self.per_leaf - 1
+        step = FAN_OUT**2
+        for number in sorted({first, last, *range((first // step + 1) * step, last, step)}):
+            self._before.put(number, np.zeros((1, DIGEST_BYTES), dtype=np.uint8))
+
+    def _lay(self, piece: Piece, leaves: Digests, places: Leaves) -> None:
+        """The delta's grains, over the old ones."""
+        data = np.repeat(piece.rows["data"] == DATA, piece.rows["count"].astype(np.int64))
+        view = leaves.reshape(-1, self._change.grain_bytes)
+        view[places[data]] = as_bytes(piece.payload).reshape(-1, self._change.grain_bytes)
+        view[places[~data]] = 0
+
+    def _covered(self, numbers: Leaves, slots: Leaves) -> Flags:
+        """Whether every grain that a leaf has in the base is replaced or cut off. `slots`: the leaf of each that is."""
+        there = np.clip(self._change.base_grains - numbers * self.per_leaf, 0, self.per_leaf)
+        return np.asarray(np.bincount(slots, minlength=len(numbers)) == there)
+
+    def _read(self, numbers: Leaves, covered: Flags, *, prove: bool = True) -> tuple[Digests, Digests, Flags]:
+        """The old leaves, u8[n, leaf_bytes], what the tree says of them, and which of them are rotten.
 
         A leaf that is covered as a whole and zero by the tree is not read: nothing of it will be left.
         """
@@ -131,6 +218,8 @@ class _PrepareDisk:
         stored = np.zeros((len(numbers), DIGEST_BYTES), dtype=np.uint8)
         for a, b in runs_of(numbers):
             stored[a:b] = self.tree.leaves(int(numbers[a]), b - a)
+            if prove:
+                self._before.put(int(numbers[a]), stored[a:b])
         wanted = np.flatnonzero((stored.any(axis=1) | ~covered) & (numbers * change.leaf_bytes < change.base_bytes))
         found = np.zeros_like(stored)
         for a, b in runs_of(numbers[wanted]):
@@ -139,20 +228,40 @@ class _PrepareDisk:
             part = leaves[slot : slot + count].reshape(-1)
             self._head.read_into(change.disk_id, offset, part[: change.base_bytes - offset].data)
             found[slot : slot + count] = leaf_digests(part.data, first, change.leaf_bytes)
-        bad = np.flatnonzero((found != stored).any(axis=1))
-        if len(bad):
-            offset = int(numbers[bad[0]]) * change.leaf_bytes
-            raise LeafDamageError(change.disk.name, offset, change.leaf_bytes)
-        return leaves
+        return leaves, stored, (found != stored).any(axis=1)
 
-    def _emit(self, leaves: Digests, grains: Leaves, places: Leaves) -> None:
-        """The covered grains' old content, to the inverse."""
+    def _recover(self, numbers: Leaves, leaves: Digests, new: Digests, stored: Digests, bad: Flags) -> Flags:
+        """Put back into `leaves` what can be told of rotten ones that are replaced; the lost ones (zeros then)."""
+        lost = np.zeros(len(numbers), dtype=np.bool_)
+        known = self._is_rotten(numbers)
+        for slot in np.flatnonzero(bad).tolist():
+            number, digest = int(numbers[slot]), stored[slot].tobytes()
+            found = recover(leaves[slot], new[slot], self._change.grain_bytes, number, digest)
+            if found is None and not known[slot]:
+                self._report(numbers[slot : slot + 1])
+            lost[slot] = found is None
+            leaves[slot] = 0 if found is None else found
+        return lost
+
+    def _is_rotten(self, numbers: Leaves) -> Flags:
+        known = np.zeros(len(numbers), dtype=np.bool_)
+        for leaves in self._rotten:
+            known |= (numbers >= leaves.first) & (numbers < leaves.stop)
+        return known
+
+    def _report(self, numbers: Leaves) -> None:
+        room = MAX_DAMAGED - len(self.damaged)
+        self.damaged += [DamagedLeaves(self._change.disk_id, n, n + 1) for n in numbers[:room].tolist()]
+
+    def _emit(self, leaves: Digests, grains: Leaves, places: Leaves, lost: Flags) -> None:
+        """The covered grains' old content, to the inverse; `lost`: which of them have none any more."""
         change = self._change
         zero = np.empty(leaves.size // change.grain_bytes, dtype=np.uint8)
         _native.zeros(leaves.data, change.grain_bytes, zero.data)
-        data = zero[places] == 0
-        kept = (grains < change.base_grains) & (data | (grains < change.result_grains))
-        rows = rows_of_grains(grains[kept].astype(np.uint64), data[kept])
+        data = (zero[places] == 0) & ~lost
+        kept = (grains < change.base_grains) & (data | lost | (grains < change.result_grains))
+        kinds = np.where(lost, np.uint8(LOST), np.where(data, np.uint8(DATA), np.uint8(ZERO)))
+        rows = rows_of_grains(grains[kept].astype(np.uint64), kinds[kept])
         payload = leaves.reshape(-1, change.grain_bytes)[places[kept & data]]
         self._packer.add(self._index, change.grain_bytes, rows, payload.reshape(-1).data)
 
@@ -167,6 +276,17 @@ class _PrepareDisk:
     def finish(self) -> bytes:
         """The root of the result."""
         change = self._change
+        self.root_before = self._before.root(change.base_bytes)
+        if self._boundary >= 0:
+            number = np.array([self._boundary])
+            self._report(number[self._read(number, np.zeros(1, dtype=np.bool_), prove=False)[2]])
         if change.after and change.result_bytes < change.base_bytes:
             self._update.truncate(change.after.count_leaves)
         return self._update.root(change.result_bytes)
+
+
+def _boundary_leaf(change: DiskChange) -> int:
+    """The leaf in which a resized disk ends before or after, -1 if it ends between two of them."""
+    smaller = min(change.base_bytes, change.result_bytes)
+    inside = change.base_bytes != change.result_bytes and smaller % change.leaf_bytes
+    return smaller // change.leaf_bytes if inside else -1

@@ -5,7 +5,7 @@
 `layers` are the inverses between the point and the head, nearest the point
 first: layers[0] leads to the point, and each starts from the state that the
 next one leads to. For any byte the first layer that has an extent there answers
-(DATA its payload, ZERO zeros). A layer that has none passes the question on,
+(DATA its payload, ZERO zeros, LOST a `LostError`). A layer that has none passes the question on,
 inside the size of the disk it starts from; behind that size the answer is zero.
 
 The head may be rewritten while it is read. An inverse gets its name before the
@@ -13,8 +13,9 @@ first byte of the head changes; so first the head is read, *then* `newer` is
 asked for layers that appeared since, and if there are any the read is done
 again with them: what was overwritten is in one of them.
 
-A random read costs one table and one chunk of one segment; both are kept in a
-cache of bounded size.
+Who answers is found once per region of the disk (`owners`) and kept, with tables
+and chunks, in a cache of bounded size: a small read costs one chunk at any depth,
+and a large one opens each chunk once.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ import numpy.typing as npt
 
 from replica.delta.cache import Cache
 from replica.delta.change import DiskChange
-from replica.delta.extents import DATA, as_bytes
+from replica.delta.extents import DATA, Rows, as_bytes
+from replica.delta.owners import GONE, NOBODY, REGION_GRAINS, Runs, Sizes, merge
 from replica.delta.ranges import intersection, union
 from replica.delta.segment import Table
-from replica.errors import BaseMismatchError
+from replica.errors import BaseMismatchError, LostError
 from replica.model import Disk, DiskId, State
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Layer(Protocol):
 
 
 class Run(NamedTuple):
-    """Bytes [start, stop) of a disk and which layer has them; `layer` == number of layers is the head."""
+    """Bytes [start, stop) of a disk and which layer has them; `layer` == number of layers is the head, GONE nobody."""
 
     start: int
     stop: int
@@ -88,6 +90,20 @@ class _Opened:
     @property
     def cost(self) -> int:
         return self.table.extents.nbytes * 2 + self.table.chunks.nbytes * 3 + 512
+
+
+def _by_chunk(run: Run) -> tuple[int, int, int]:
+    return run.layer, run.number, run.payload_offset
+
+
+def _place(layer: Layer, disk_id: DiskId) -> int | None:
+    """The disk's index in the layer's disk table."""
+    return next((i for i, change in enumerate(layer.disks) if change.disk_id == disk_id), None)
+
+
+def _size_of(state: State, disk_id: DiskId) -> int:
+    found = state.disk(disk_id)
+    return found.disk.size_bytes if found else 0
 
 
 def _all_of_it(_disk_id: DiskId, start: int, stop: int) -> Iterable[tuple[int, int]]:
@@ -129,29 +145,53 @@ class ChainReader:
             self._head = layer.base
         self._layers += tuple(layers)
 
-    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from the disk as it was. ValueError outside of it; DamageError, StorageError from a layer."""
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, lost_as_zeros: bool = False) -> None:
+        """Fill `buffer` from the disk as it was. ValueError outside of it; DamageError, StorageError from a layer.
+
+        LostError if a range of it is lost, unless that is asked for as zeros. Each chunk is opened once.
+        """
         target = as_bytes(buffer)
         disk = self._disk(disk_id, offset, offset + len(target))
         while True:
             layers = self._layers
             target[:] = 0
             asked_head = False
-            for run in self._resolve(layers, disk, offset, offset + len(target)):
+            runs = self._resolve(layers, disk, offset, offset + len(target))
+            for run in sorted(runs, key=_by_chunk):
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
                     asked_head = True
                     self._below(disk_id, run.start, part)
-                else:
+                elif run.layer != GONE:
                     self._copy(layers[run.layer], run, part)
+                elif not lost_as_zeros:
+                    raise self._lost(disk, run)
             if not asked_head or not self._grew(layers):
                 return
+
+    def lost(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of bytes that nobody has any more, ascending, joined. ValueError outside of the disk."""
+        return union((run.start, run.stop) for run in self.runs(disk_id, start, stop) if run.layer == GONE)
+
+    def _lost(self, disk: Disk, run: Run) -> LostError:
+        return LostError(
+            f"disk {disk.name!r} of point {self.state.point} has lost bytes {run.start} to {run.stop}",
+            hint="every other byte of the disk can be read",
+            disk=disk.name,
+            offset=run.start,
+            length=run.stop - run.start,
+        )
 
     def runs(self, disk_id: DiskId, start: int, stop: int) -> Iterator[Run]:
         """Who has the bytes [start, stop), ascending; what no run covers is zero. ValueError outside of the disk."""
         disk = self._disk(disk_id, start, stop)
         for begin in range(start, stop, SCAN_BYTES):
-            yield from sorted(self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop)))
+            yield from self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop))
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges of bytes that may be anything but zero, ascending. ValueError outside of the disk.
@@ -165,7 +205,7 @@ class ChainReader:
             of_head = list(self._head_ranges(disk_id, begin, end))
             self._grew(self._layers)
             layers = self._layers
-            runs = sorted(self._resolve(layers, disk, begin, end))
+            runs = self._resolve(layers, disk, begin, end)
             answered = ((run.start, run.stop) for run in runs if run.layer < len(layers))
             passed = ((run.start, run.stop) for run in runs if run.layer == len(layers))
             yield from union(answered, intersection(passed, of_head))
@@ -184,47 +224,50 @@ class ChainReader:
             return len(self._layers) > len(seen)
 
     def _resolve(self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int) -> list[Run]:
-        """Runs that cover all of [start, stop) that is not zero, in no order."""
-        runs: list[Run] = []
-        open_ranges = [(start, stop)] if start < stop else []
-        for index, layer in enumerate(layers):
-            passed: list[tuple[int, int]] = []
-            for range_start, range_stop in open_ranges:
-                passed += self._ask(index, layer, disk, range_start, range_stop, runs)
-            open_ranges = passed
-            if not open_ranges:
-                break
-        below = layers[-1].base if layers else self.state
-        found = below.disk(disk.id)
-        size = found.disk.size_bytes if found else 0
-        runs += [Run(a, min(b, size), len(layers)) for a, b in open_ranges if a < size]
-        return runs
-
-    def _ask(
-        self, index: int, layer: Layer, disk: Disk, start: int, stop: int, runs: list[Run]
-    ) -> Iterator[tuple[int, int]]:
-        """Add what the layer has in [start, stop) to `runs`; yields what it passes on."""
-        place = next((i for i, c in enumerate(layer.disks) if c.disk_id == disk.id), None)
-        if place is None:
-            return
+        """Runs that cover all of [start, stop) that is not zero, ascending."""
+        found: list[Run] = []
         grain = disk.grain_bytes
-        passed_stop = min(stop, layer.disks[place].base_bytes)
-        at = start
-        for number in layer.overlapping(place, start // grain, -(-stop // grain)):
-            opened = self._open(index, layer, number)
-            rows = opened.table.extents
-            low = int(np.searchsorted(opened.stops, np.uint64(start // grain), "right"))
-            high = int(np.searchsorted(rows["first"], np.uint64(-(-stop // grain)), "left"))
-            places = opened.payload_starts[low:high].tolist()
-            for (first, count, data), payload in zip(rows[low:high].tolist(), places, strict=True):
-                begin, end = max(start, first * grain), min(stop, (first + count) * grain)
-                if at < min(begin, passed_stop):
-                    yield at, min(begin, passed_stop)
-                if data == DATA:
-                    runs.append(Run(begin, end, index, number, payload * grain + begin - first * grain))
-                at = end
-        if at < passed_stop:
-            yield at, passed_stop
+        head_stop = min(stop, _size_of(layers[-1].base if layers else self.state, disk.id))
+        region_bytes = REGION_GRAINS * grain
+        for region in range(start // region_bytes, -(-stop // region_bytes)):
+            runs = self._region(layers, disk, region)
+            low = int(np.searchsorted(runs["stop"], start // grain, "right"))
+            high = int(np.searchsorted(runs["first"], -(-stop // grain), "left"))
+            for first, last, place, layer, number in runs[low:high].tolist():
+                begin, end = max(start, first * grain), min(stop, last * grain)
+                if layer == len(layers):
+                    end = min(end, head_stop)
+                if layer != NOBODY and begin < end:
+                    found.append(Run(begin, end, layer, number, place * grain + begin - first * grain))
+        return found
+
+    def _region(self, layers: tuple[Layer, ...], disk: Disk, region: int) -> Runs:
+        """The merged layers over one region of the disk. Made once, kept in the cache."""
+        key = (-1, disk.id.int, region, len(layers))
+        runs = self._cache.get(key)
+        if not isinstance(runs, np.ndarray):
+            first = region * REGION_GRAINS
+            stop = min(first + REGION_GRAINS, disk.count_grains)
+            places = [_place(layer, disk.id) for layer in layers]
+            changes = [None if at is None else layer.disks[at] for layer, at in zip(layers, places, strict=True)]
+            sizes = Sizes(tuple(c.base_grains if c else 0 for c in changes), tuple(c is not None for c in changes))
+            head_grains = -(-_size_of(layers[-1].base if layers else self.state, disk.id) // disk.grain_bytes)
+
+            def rows_of(index: int, first: int, stop: int) -> list[tuple[int, Rows, npt.NDArray[np.int64]]]:
+                place = places[index]
+                assert place is not None
+                parts = []
+                for number in layers[index].overlapping(place, first, stop):
+                    opened = self._open(index, layers[index], number)
+                    low = int(np.searchsorted(opened.stops, np.uint64(first), "right"))
+                    high = int(np.searchsorted(opened.table.extents["first"], np.uint64(stop), "left"))
+                    if low < high:
+                        parts.append((number, opened.table.extents[low:high], opened.payload_starts[low:high]))
+                return parts
+
+            runs = merge(disk, first, stop, sizes, head_grains, rows_of)
+            self._cache.put(key, runs, runs.nbytes + 256)
+        return runs
 
     def _open(self, index: int, layer: Layer, number: int) -> _Opened:
         key = (index, number)

@@ -46,7 +46,7 @@ _PREFIX = struct.Struct("<II")
 PREFIX_BYTES = _PREFIX.size
 _TABLE = struct.Struct("<III")
 CHUNK = np.dtype([("raw", "<u4"), ("flags", "<u4"), ("sealed", "<u4")])
-MAX_TABLE_BYTES = TAG_BYTES + _TABLE.size + MAX_CHUNKS * CHUNK.itemsize + MAX_EXTENTS * 20
+MAX_TABLE_BYTES = TAG_BYTES + _TABLE.size + MAX_CHUNKS * CHUNK.itemsize + MAX_EXTENTS * 21
 MAX_BLOB_BYTES = PREFIX_BYTES + MAX_TABLE_BYTES + SEGMENT_RAW_BYTES + MAX_CHUNKS * TAG_BYTES
 MIN_BLOB_BYTES = PREFIX_BYTES + TAG_BYTES + _TABLE.size + 2
 """A table of one extent and no chunk."""

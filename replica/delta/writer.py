@@ -24,13 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from replica.delta.extents import LOST
 from replica.delta.header import HEADER_BYTES, Trailer
 from replica.delta.keys import DataKey
 from replica.delta.manifest import SegmentEntry, encode_manifest
 from replica.delta.seal import Kind, Sealer
 from replica.delta.segment import DEFAULT_LEVEL, SealedSegment, Segment, seal_segment
 from replica.durable import FileSystem
-from replica.model import DeltaId, Epoch, ReplicaId, State
+from replica.model import NEVER, DeltaId, Epoch, ReplicaId, Stamp, State
 
 SEALING_THREADS = 2
 
@@ -66,11 +67,19 @@ class DeltaSealer:
         """Compress and seal under a `number` from `allot`, or under the next one."""
         return seal_segment(self._sealer, self.allot() if number is None else number, segment, self._level)
 
-    def tail(self, entries: Iterable[SegmentEntry], base: State, result: State) -> bytes:
+    def tail(
+        self,
+        entries: Iterable[SegmentEntry],
+        base: State,
+        result: State,
+        committed: Stamp = NEVER,
+        *,
+        lost: bool = False,
+    ) -> bytes:
         """Sealed manifest and trailer: what follows the last blob. Once.
 
         `entries` are those of all allotted numbers, in their order; they are read once, so that they may
-        come from a spool. FormatError if they are not ascending or leave gaps.
+        come from a spool; `lost`: some segments have LOST extents. FormatError if they are not ascending or leave gaps.
         """
         end = HEADER_BYTES
         count = 0
@@ -82,7 +91,7 @@ class DeltaSealer:
                 count += 1
                 yield entry
 
-        manifest = encode_manifest(self._delta_id, base, result, counted())
+        manifest = encode_manifest(self._delta_id, base, result, counted(), committed, lost=lost)
         assert count == self._allotted, f"{self._allotted} segments were allotted and {count} are in the manifest"
         self._sealer.claim_manifest()
         sealed = self._sealer.seal(Kind.MANIFEST, 0, 0, manifest, len(manifest))
@@ -110,6 +119,7 @@ class DeltaWriter:
         self._file = fs.create(path)
         self._offset = 0
         self._entries: list[SegmentEntry] = []
+        self._lost = False
         self._limit = threads + 1
         self._running: deque[Future[SealedSegment]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="seal")
@@ -122,16 +132,20 @@ class DeltaWriter:
 
     def add(self, segment: Segment) -> None:
         """Take the next segment; may return before it is sealed. At most `threads` + 1 are in memory."""
+        self._lost = self._lost or bool((segment.extents["data"] == LOST).any())
         number = self._sealer.allot()
         self._running.append(self._pool.submit(self._sealer.seal, segment, number))
         while len(self._running) >= self._limit:
             self._drain()
 
-    def finish(self, base: State, result: State) -> None:
-        """Manifest and trailer, fsync, close: the file is complete and on stable storage, under its present name."""
+    def finish(self, base: State, result: State, committed: Stamp = NEVER) -> None:
+        """Manifest and trailer, fsync, close: the file is complete and on stable storage, under its present name.
+
+        `committed`, in an inverse: when the result had been committed here.
+        """
         while self._running:
             self._drain()
-        self._append(self._sealer.tail(self._entries, base, result))
+        self._append(self._sealer.tail(self._entries, base, result, committed, lost=self._lost))
         self._file.sync()
         self.close()
 

@@ -7,7 +7,9 @@ name that belong to its certificate:
   the receiver hears of it, so that a crash in between leaves nothing that
   nobody knows, and doing it again is the same enrolment;
 - one with the same disks (names and sizes), or still empty, whose key is in
-  `keys`: it is adopted. The epoch grows, whoever wrote before is fenced;
+  `keys`: it is adopted. The epoch grows, whoever wrote before is fenced. Where
+  none has the very same disks, since they changed meanwhile, the only one that
+  has a disk of the same name;
 - anything else is for an operator to decide.
 
 Adoption costs reading the disks once: what the replica holds is not known here.
@@ -15,15 +17,14 @@ Adoption costs reading the disks once: what the replica holds is not known here.
 
 from __future__ import annotations
 
-from uuid import UUID
-
 import msgspec
 
 from replica.delta import DataKey, Keyring
 from replica.durable import FileSystem
 from replica.errors import BusyError, ConflictError, KeyMissingError
-from replica.model import Disk, DiskId, Epoch, ReplicaId, State, random_id
+from replica.model import Epoch, ReplicaId, State, random_id
 from replica.plan import check_epoch
+from replica.primary.disks import Wanted, known_disks, match_disks, measure, names_of
 from replica.primary.record import MachineDirectory, MachineRecord, Stage
 from replica.primary.spec import MachineSpec, SenderSpec
 from replica.transport.api import Receiver
@@ -41,9 +42,9 @@ def contact(
     machine: MachineSpec,
     directory: MachineDirectory,
     receiver: Receiver,
-    images: tuple[Disk, ...],
+    wanted: tuple[Wanted, ...],
 ) -> tuple[MachineRecord, DataKey, ReplicaInfo]:
-    """Be the writer of this machine's replica. `images`: its disks as the images are, with any ids.
+    """Be the writer of this machine's replica. `wanted`: its disks as they are configured and measured.
 
     Idempotent after a crash anywhere. Raises ConflictError, KeyMissingError, BusyError and all the receiver raises.
     """
@@ -51,7 +52,7 @@ def contact(
     if record is not None:
         record = directory.finish_fold(record)
     else:
-        record = directory.save(_find(fs, spec, machine, receiver, images) or _make(fs, spec, machine, images))
+        record = directory.save(_find(fs, spec, machine, receiver, wanted) or _make(fs, spec, machine, wanted))
     key = keyring(fs, spec, record.replica_id).get(record.key_id)
     if record.stage is Stage.ENROLLING:
         info = _enrol(directory, receiver, record, key)
@@ -60,7 +61,29 @@ def contact(
         record, info = adopt(directory, receiver, record)
     else:
         info = look(receiver, record)
+    if record.head is None and not info.head.is_empty:
+        record = _take_ids(directory, record, wanted, info.head)
     return record, key, info
+
+
+def _take_ids(
+    directory: MachineDirectory, record: MachineRecord, wanted: tuple[Wanted, ...], head: State
+) -> MachineRecord:
+    """Nothing was committed from here, and the replica has a head: existing images that became it at the receiver.
+
+    Its disks are this machine's by their names.
+    """
+    disks, paths = match_disks(wanted, known_disks((), (), head))
+    if (disks, paths) == (record.disks, record.images):
+        return record
+    return directory.save(msgspec.structs.replace(record, disks=disks, images=paths))
+
+
+def enrol_machine(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver) -> ReplicaInfo:
+    """Make the replica at the receiver, or find it there, and ship nothing. Idempotent. Raises what `contact` does."""
+    directory = MachineDirectory(fs, spec.machine_directory(machine.name))
+    with directory.locked(machine.name):
+        return contact(fs, spec, machine, directory, receiver, measure(fs, machine))[2]
 
 
 def become_another(directory: MachineDirectory, record: MachineRecord) -> MachineRecord:
@@ -102,27 +125,30 @@ def _enrol(directory: MachineDirectory, receiver: Receiver, record: MachineRecor
         raise
 
 
-def _make(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, images: tuple[Disk, ...]) -> MachineRecord:
+def _make(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, wanted: tuple[Wanted, ...]) -> MachineRecord:
     """A replica that so far exists only here. Its key is durable when this returns."""
     replica_id, holder, key = ReplicaId(random_id()), random_id(), DataKey.generate()
     keyring(fs, spec, replica_id).add(key)
     epoch = Epoch(1, holder)
-    return MachineRecord(machine.name, replica_id, key.id, holder, epoch, Stage.ENROLLING, _with_ids(images, None))
+    disks, paths = match_disks(wanted, ())
+    return MachineRecord(machine.name, replica_id, key.id, holder, epoch, Stage.ENROLLING, disks, images=paths)
 
 
 def _find(
-    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver, images: tuple[Disk, ...]
+    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, receiver: Receiver, wanted: tuple[Wanted, ...]
 ) -> MachineRecord | None:
     """The one replica that must be this machine's own, ready to be adopted. None if there is none of its name."""
     named = [info for info in receiver.replicas(machine.name) if info.machine == machine.name]
     if not named:
         return None
     _check_readable(machine.name, named)
-    matching = [info for info in named if info.head.is_empty or _same_disks(info.head, images)]
+    matching = [info for info in named if info.head.is_empty or _same_disks(info.head, wanted)]
+    if not matching:
+        matching = [info for info in named if _share_a_disk(info.head, wanted)]
     if len(matching) != 1:
         raise ConflictError(
             f"machine {machine.name!r} has no state here, and {len(matching)} of its {len(named)} replicas "
-            "at the receiver have its disks (names and sizes)",
+            "at the receiver have its disks",
             hint=f"put its state directory back, or name the machine otherwise; they are "
             f"{', '.join(str(info.replica_id) for info in named)}",
         )
@@ -134,9 +160,9 @@ def _find(
             f"{spec.keys / str(info.replica_id)}",
             hint="put that directory back from where keys are kept in escrow, or name the machine otherwise",
         )
-    disks = _with_ids(images, info.head)
+    disks, paths = match_disks(wanted, known_disks((), (), info.head))
     return MachineRecord(
-        machine.name, info.replica_id, key.id, random_id(), info.epoch, Stage.ADOPTING, disks, trusted=False
+        machine.name, info.replica_id, key.id, random_id(), info.epoch, Stage.ADOPTING, disks, None, False, paths
     )
 
 
@@ -151,32 +177,12 @@ def _check_readable(machine: str, named: list[ReplicaInfo]) -> None:
             )
 
 
-def _same_disks(head: State, images: tuple[Disk, ...]) -> bool:
-    held = sorted((state.disk.name, state.disk.size_bytes) for state in head.disks)
-    return held == sorted((disk.name, disk.size_bytes) for disk in images)
+def _same_disks(head: State, wanted: tuple[Wanted, ...]) -> bool:
+    held = sorted((state.disk.name, state.disk.size_bytes) for state in head.machine_disks)
+    return held == sorted((wish.disk.name, wish.disk.size_bytes) for wish in wanted if wish.image)
 
 
-def _with_ids(images: tuple[Disk, ...], head: State | None) -> tuple[Disk, ...]:
-    """The disks sorted by id: the head's id (and geometry) where it knows the name, else a new one."""
-    known = {state.disk.name: state.disk for state in head.disks} if head is not None else {}
-    disks = [known.get(disk.name) or msgspec.structs.replace(disk, id=DiskId(random_id())) for disk in images]
-    return tuple(sorted(disks, key=lambda disk: disk.id.bytes))
-
-
-def current_disks(record: MachineRecord, images: tuple[Disk, ...]) -> tuple[Disk, ...]:
-    """The machine's disks as they are now: ids and geometry by name from the record, sizes from the images.
-
-    A name the record does not know gets a new id; `plan` says what that means.
-    """
-    known = {disk.name: disk for disk in record.disks}
-    disks = [
-        msgspec.structs.replace(known[disk.name], size_bytes=disk.size_bytes)
-        if disk.name in known
-        else msgspec.structs.replace(disk, id=DiskId(random_id()))
-        for disk in images
-    ]
-    return tuple(sorted(disks, key=lambda disk: disk.id.bytes))
-
-
-UNKNOWN_DISK_ID = DiskId(UUID(int=0))
-"""The id of a disk that is so far only an image."""
+def _share_a_disk(head: State, wanted: tuple[Wanted, ...]) -> bool:
+    """Whether a disk of the machine has, or formerly had, the name of one in `head`."""
+    names = {name for wish in wanted if wish.image for name in (wish.disk.name, wish.formerly)}
+    return not names_of(head).isdisjoint(names)

@@ -6,8 +6,9 @@
       frozen        mark: the machine may be frozen (see `tracking.instant`)
       pending       journal of a delta whose commit may have been asked for
       folding       journal of a committed delta that is being folded in
+      receipt       the receiver's receipt of the newest point, as it came
       status.json   what happened last, for `replica status`; worth nothing else
-      disks/<id>/   secret, digests, leaves (see `tracking.hash`)
+      disks/<id>/   secret, digests, windows, leaves (see `tracking.hash`)
 
 Losing all of it costs reading the disks once: the replica is found again by
 the certificate, and its key is not here but in `keys`.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,9 @@ import msgspec
 
 from replica import documents
 from replica.durable import FileSystem, Lock
-from replica.errors import BusyError, DamageError, FormatError
+from replica.errors import BusyError, DamageError, FormatError, StorageError
 from replica.model import Disk, Epoch, Frozen, KeyId, ReplicaId, State
+from replica.tracking.audit import AuditAlert, DiskAudit
 from replica.tracking.fold import fold
 from replica.tracking.instant import marked
 from replica.tracking.journal import Journal
@@ -53,8 +55,11 @@ class MachineRecord(Frozen, frozen=True):
 
     `epoch.holder` is random and names this state directory (while ADOPTING
     `epoch` still is the former writer's, and `holder` says who will be).
+    `disks` are those of the configuration when it was last looked at, `images` where each is read from.
+    `audits` say how far each disk's audit has come, `alerts` what it found (the last few).
     `head` is the newest state known to be committed, `trusted` whether the
-    trackers describe it.
+    trackers describe it. While `head` is a part of a copy, `point_frozen_at_ns`
+    is the freeze time of the point before it, if there is one and it is known.
     """
 
     machine: str
@@ -66,6 +71,17 @@ class MachineRecord(Frozen, frozen=True):
     disks: tuple[Disk, ...]
     head: State | None = None
     trusted: bool = True
+    images: tuple[str, ...] = ()
+    audits: tuple[DiskAudit, ...] = ()
+    alerts: tuple[AuditAlert, ...] = ()
+    point_frozen_at_ns: int | None = None
+
+    @property
+    def newest_frozen_at_ns(self) -> int | None:
+        """When the newest point that is known to be committed was frozen; None: there is none, or it is not known."""
+        if self.head is not None and self.head.is_point:
+            return self.head.frozen_at_ns
+        return self.point_frozen_at_ns
 
 
 class MachineDirectory:
@@ -129,6 +145,11 @@ class MachineDirectory:
             self._fs.unlink(path)
             return None
 
+    def keep_receipt(self, data: bytes) -> None:
+        """The newest point's receipt, for whoever asks here for it; nothing depends on it."""
+        with suppress(StorageError):
+            self._fs.replace_bytes(self.path / "receipt", data)
+
     def discard_pending(self) -> None:
         self._fs.unlink(self.path / "pending")
 
@@ -148,7 +169,8 @@ class MachineDirectory:
         try:
             with Journal(self._fs, path) as journal:
                 result = journal.summary.result
-                record = msgspec.structs.replace(record, head=result, trusted=True)
+                frozen_at_ns = record.newest_frozen_at_ns if result.partial else None
+                record = msgspec.structs.replace(record, head=result, trusted=True, point_frozen_at_ns=frozen_at_ns)
                 journal.accept()
                 path = journal.path
                 fold(self._fs, self.path, journal)
@@ -156,5 +178,14 @@ class MachineDirectory:
             _log.warning("machine %r: %s", record.machine, error)
             record = msgspec.structs.replace(record, trusted=False)
         self.save(record)
+        self._remove_trackers_but(record)
         self._fs.unlink(path)
         return record
+
+    def _remove_trackers_but(self, record: MachineRecord) -> None:
+        """Forget disks that neither the newest state nor the configuration has any more."""
+        states = record.head.disks if record.head is not None else ()
+        kept = {str(disk.id) for disk in (*record.disks, *(state.disk for state in states))}
+        for name in self._fs.list_names(self.path / "disks"):
+            if name not in kept:
+                self._fs.remove_tree(self.path / "disks" / name)

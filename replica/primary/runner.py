@@ -1,9 +1,10 @@
 """Cycles of many machines: on schedule until stopped (`run`), or once, now (`sync_machines`).
 
-At most `spec.parallel` machines are at work at once; each cycle has its own
-connection. What goes wrong on one machine is logged, noted in its status and
-tried again later; it never stops another one, also if it is a fault in this
-program. One line is logged per cycle.
+At most `spec.parallel` machines are at work at once; each cycle has a
+connection for itself, which a later one may go on with (`connections`). What
+goes wrong on one machine is logged, noted in its status and tried again later;
+it never stops another one, also if it is a fault in this program. One line is
+logged per cycle.
 
 A receiver that still applies a delta holds its machine's place among these no
 longer than `every` or a minute: the cycle ends, the next one asks again.
@@ -19,12 +20,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 from replica.durable import FileSystem
 from replica.errors import BusyError, ConfigError, ReplicaError, StorageError
 from replica.model import rfc3339
+from replica.primary.connections import Connect, Connections
 from replica.primary.cycle import RETRY_SECONDS, WAIT_LIMIT_SECONDS, SyncResult, sync_machine
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
@@ -33,11 +36,6 @@ from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import note_due
 from replica.progress import Progress, silent
 from replica.tracking.instant import FreezeSpec, marked, thaw_marked
-from replica.transport.api import Receiver
-from replica.transport.client import HttpReceiver
-
-Connect = Callable[[MachineSpec], Receiver]
-"""Opens the way to a machine's receiver; the cycle closes it."""
 
 SHORTEST_WAIT_SECONDS = 60.0
 _TICK_SECONDS = 0.2
@@ -61,43 +59,56 @@ def sync_machines(
     connect: Connect | None = None,
     progress: Callable[[str], Progress] = lambda _machine: silent,
     stop: threading.Event | None = None,
+    rebuild: bool = False,
 ) -> list[Outcome]:
-    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised."""
+    """One cycle of each machine (default: all), in the given order; errors are in the outcomes, not raised.
+
+    `rebuild`: compare with the replica first, also where nothing is wrong.
+    """
     chosen = spec.machines if machines is None else machines
     thaw_all(fs, spec, chosen)
     if not chosen:
         return []
-    with ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool:
-        return list(pool.map(lambda m: one_cycle(fs, spec, m, connect, progress(m.name), stop), chosen))
+    with (
+        Connections(spec.tls, connect) as connections,
+        ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool,
+    ):
+
+        def cycle(machine: MachineSpec) -> Outcome:
+            return one_cycle(fs, spec, machine, connections, progress(machine.name), stop, rebuild=rebuild)
+
+        return list(pool.map(cycle, chosen))
 
 
 def one_cycle(
     fs: FileSystem,
     spec: SenderSpec,
     machine: MachineSpec,
-    connect: Connect | None = None,
+    connections: Connections,
     progress: Progress = silent,
     stop: threading.Event | None = None,
     retry_seconds: float = RETRY_SECONDS,
     wait_limit_seconds: float = WAIT_LIMIT_SECONDS,
+    *,
+    rebuild: bool = False,
 ) -> Outcome:
-    """`sync_machine` on a connection of its own, with what it raises as a value."""
+    """`sync_machine` on a connection for itself, with what it raises as a value."""
+    if stop is not None and stop.is_set():
+        return Outcome(machine.name)
     try:
-        receiver = connect(machine) if connect is not None else HttpReceiver(machine.to, spec.tls)
-        try:
+        with connections.lend(machine) as receiver:
             result = sync_machine(
                 fs,
                 spec,
                 machine,
                 receiver,
                 progress,
+                rebuild=rebuild,
                 retry_seconds=retry_seconds,
                 wait_limit_seconds=wait_limit_seconds,
                 stop=stop,
             )
-            return Outcome(machine.name, result=result)
-        finally:
-            receiver.close()
+        return Outcome(machine.name, result=result)
     except Stopped:
         return Outcome(machine.name)
     except ReplicaError as error:
@@ -157,18 +168,26 @@ def run(
     """Cycles of every machine on schedule, until `stop` is set. Returns when all that was at work has ended."""
     fs = fs or FileSystem()
     jobs = [_Job(machine, Schedule.starting(machine.every_seconds, clock())) for machine in spec.machines]
+    ended: SimpleQueue[_Job] = SimpleQueue()
     thaw_all(fs, spec, spec.machines)
     if not jobs:
         return
-    with ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool:
+    with (
+        Connections(spec.tls, connect) as connections,
+        ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool,
+    ):
         while not stop.is_set():
             for job in jobs:
                 if job.running is None and job.schedule.due <= clock():
-                    job.running = pool.submit(_scheduled, fs, spec, job.machine, connect, stop)
-            _wait(jobs, stop, clock)
-            for job in jobs:
-                if job.running is not None and job.running.done():
-                    _end(fs, spec, job, job.running.result(), clock)
+                    job.running = pool.submit(_scheduled, fs, spec, job.machine, connections, stop)
+                    job.running.add_done_callback(lambda _running, job=job: ended.put(job))  # type: ignore[misc]
+            for job in _wait(jobs, ended, stop, clock):
+                assert job.running is not None
+                _end(fs, spec, job, job.running.result(), clock)
+            connections.close_idle()
+        for job in jobs:
+            if job.running is not None and job.running.cancel():  # it had not begun
+                job.running = None
     for job in jobs:
         if job.running is not None:
             _report(job.machine, job.running.result())
@@ -176,23 +195,28 @@ def run(
 
 
 def _scheduled(
-    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, connect: Connect | None, stop: threading.Event
+    fs: FileSystem, spec: SenderSpec, machine: MachineSpec, connections: Connections, stop: threading.Event
 ) -> Outcome:
     """One cycle, which gives its place up in good time."""
     retry_seconds = min(RETRY_SECONDS, machine.every_seconds)
     wait_limit_seconds = max(SHORTEST_WAIT_SECONDS, machine.every_seconds)
-    return one_cycle(fs, spec, machine, connect, silent, stop, retry_seconds, wait_limit_seconds)
+    return one_cycle(fs, spec, machine, connections, silent, stop, retry_seconds, wait_limit_seconds)
 
 
-def _wait(jobs: list[_Job], stop: threading.Event, clock: Callable[[], float]) -> None:
-    """Until something ended, is due, or a tick has passed (so that a stop is never waited for long)."""
+def _wait(jobs: list[_Job], ended: SimpleQueue[_Job], stop: threading.Event, clock: Callable[[], float]) -> list[_Job]:
+    """Until something ended, is due, or a tick has passed (so that a stop is never waited for long): what ended."""
     due = min((job.schedule.due for job in jobs if job.running is None), default=clock() + _TICK_SECONDS)
     seconds = min(max(0.0, due - clock()), _TICK_SECONDS)
-    running = [job.running for job in jobs if job.running is not None]
-    if running:
-        wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
-    else:
-        stop.wait(seconds)
+    done: list[_Job] = []
+    try:
+        if any(job.running is not None for job in jobs):
+            done.append(ended.get(timeout=seconds))
+        else:
+            stop.wait(seconds)
+        while True:
+            done.append(ended.get_nowait())
+    except Empty:
+        return done
 
 
 def _end(fs: FileSystem, spec: SenderSpec, job: _Job, outcome: Outcome, clock: Callable[[], float]) -> None:

@@ -24,6 +24,7 @@ from replica.model import Frozen, ReplicaId
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.spec import MachineSpec, SenderSpec
+from replica.tracking.audit import AuditAlert
 
 
 class Word(StrEnum):
@@ -47,15 +48,23 @@ class LastError(Frozen, frozen=True):
     at_ns: int
 
 
+class Copying(Frozen, frozen=True):
+    """How far a copy in parts has come: bytes of the images that were compared and shipped, of all they have."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class CycleStatus(Frozen, frozen=True):
     """`status.json`. `pid`: who began a cycle that has not ended; `last_error`: of the last one that did;
-    `next_due_ns`: known when `run` is at work.
+    `next_due_ns`: known when `run` is at work; `copying`: while a copy in parts has not come to its point.
     """
 
     updated_at_ns: int
     pid: int | None = None
     last_error: LastError | None = None
     next_due_ns: int | None = None
+    copying: Copying | None = None
 
 
 class MachineStatus(Frozen, frozen=True):
@@ -70,6 +79,8 @@ class MachineStatus(Frozen, frozen=True):
     rpo_seconds: float | None
     last_error: LastError | None
     next_due_ns: int | None
+    copying: Copying | None = None
+    alerts: tuple[AuditAlert, ...] = ()
 
 
 def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_ns: int | None = None) -> MachineStatus:
@@ -84,17 +95,21 @@ def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_n
     except FormatError as failure:
         record, damage = None, failure
         error = error_of(failure, now_ns)
-    head = record.head if record is not None and record.head is not None and not record.head.is_empty else None
+    head = record.head if record is not None and record.head is not None and record.head.point else None
+    frozen_at_ns = record.newest_frozen_at_ns if record is not None and head is not None else None
+    partial = record is not None and record.head is not None and record.head.partial
     return MachineStatus(
         machine=machine.name,
         to=machine.to,
         state=_word(fs, path, cycle, damage is not None, head is not None),
         replica_id=record.replica_id if record is not None else None,
         point=head.point if head else 0,
-        frozen_at_ns=head.frozen_at_ns if head else None,
-        rpo_seconds=max(0.0, (now_ns - head.frozen_at_ns) / 1e9) if head else None,
+        frozen_at_ns=frozen_at_ns,
+        rpo_seconds=max(0.0, (now_ns - frozen_at_ns) / 1e9) if frozen_at_ns is not None else None,
         last_error=error,
         next_due_ns=cycle.next_due_ns if cycle else None,
+        copying=cycle.copying if cycle and partial else None,
+        alerts=record.alerts if record is not None else (),
     )
 
 
@@ -146,7 +161,8 @@ def noted(fs: FileSystem, path: Path) -> Iterator[None]:
     """Note that a cycle runs in this process, and how it ended."""
     before = read_status(fs, path)
     previous = before.last_error if before is not None else None
-    write_status(fs, path, CycleStatus(time.time_ns(), pid=os.getpid(), last_error=previous))
+    copying = before.copying if before is not None else None
+    write_status(fs, path, CycleStatus(time.time_ns(), pid=os.getpid(), last_error=previous, copying=copying))
     failure: LastError | None = None
     try:
         yield
@@ -158,7 +174,16 @@ def noted(fs: FileSystem, path: Path) -> Iterator[None]:
         failure = error_of(known, time.time_ns())
         raise
     finally:
-        write_status(fs, path, CycleStatus(time.time_ns(), last_error=failure))
+        now = read_status(fs, path)
+        copying = now.copying if now is not None else None
+        write_status(fs, path, CycleStatus(time.time_ns(), last_error=failure, copying=copying))
+
+
+def note_copying(fs: FileSystem, path: Path, copying: Copying | None) -> None:
+    """Note how far a copy in parts has come; None when its point was made."""
+    status = read_status(fs, path) or CycleStatus(time.time_ns())
+    if status.copying != copying:
+        write_status(fs, path, msgspec.structs.replace(status, copying=copying))
 
 
 def note_due(fs: FileSystem, path: Path, due_ns: int | None) -> None:

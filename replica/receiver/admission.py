@@ -17,6 +17,8 @@ else says who is asking. The rules, in the order they are asked:
    something in the last minute. Between two cycles it need not wait: the other
    is then fenced, and told so (`check_adopt`).
 5. What is sent into a delta counts only in the epoch it was begun in (`check_delta`).
+6. A replica takes so many points an hour on average and no more, so that flooding costs neither the receiver its
+   directories nor others their time (`Pace`).
 
 Each function returns what was decided or raises the error to answer with.
 """
@@ -43,6 +45,31 @@ class Activity:
     delta_id: DeltaId
     epoch: Epoch
     at_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many points a replica may still make: an hour's worth at once, refilled evenly (monotonic seconds)."""
+
+    left: float
+    at_seconds: float
+
+    def at(self, now_seconds: float, per_hour: int) -> Pace:
+        passed = max(0.0, now_seconds - self.at_seconds)
+        return Pace(min(float(per_hour), self.left + passed * per_hour / 3600), now_seconds)
+
+    def check(self, now_seconds: float, per_hour: int) -> None:
+        """BusyError if the next point comes too soon."""
+        if self.at(now_seconds, per_hour).left < 1:
+            raise BusyError(
+                f"more than {per_hour} points came within an hour",
+                hint="choose a larger `every` for this machine, or a larger `max_points_per_hour` at the receiver",
+            )
+
+    def take(self, now_seconds: float, per_hour: int) -> Pace:
+        """After a point was made."""
+        pace = self.at(now_seconds, per_hour)
+        return Pace(pace.left - 1, now_seconds)
 
 
 def authorise(allow: Sequence[AllowSpec], identity: str) -> AllowSpec:

@@ -23,7 +23,7 @@ import msgspec
 from aiohttp import web
 
 from replica.errors import ForbiddenError, ProtocolError, ReplicaError, TransportError
-from replica.model import DeltaId, DiskId, Frozen, ReplicaId
+from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
 from replica.receiver.bodies import BodyBudget, TooManyBodiesError, length_of, read_body
 from replica.receiver.reading import DiskReading
 from replica.receiver.session import Session
@@ -64,7 +64,11 @@ class HttpApi:
         app.router.add_post(f"{delta}/commit", self._commit)
         app.router.add_get(f"{replica}/points", self._points, allow_head=False)
         app.router.add_get(f"{replica}/points/{{point}}/disks/{{disk}}", self._disk, allow_head=False)
+        app.router.add_get(f"{replica}/points/{{point}}/receipt", self._receipt, allow_head=False)
         app.router.add_get(f"{replica}/disks/{{disk}}/tree", self._tree, allow_head=False)
+        app.router.add_put(f"{replica}/disks/{{disk}}/leaves/{{number}}", self._leaves)
+        app.router.add_post(f"{replica}/disks/{{disk}}/tree", self._nodes)
+        app.router.add_post(f"{replica}/disks/{{disk}}/grains", self._grains)
         app.on_response_prepare.append(_plain_server_name)
         return app
 
@@ -136,12 +140,38 @@ class HttpApi:
         point = _number(request.match_info["point"], "point")
         return await self._reading.answer(request, self._session(request), _replica_id(request), point)
 
+    async def _receipt(self, request: web.Request) -> web.Response:
+        replica_id, point = _replica_id(request), _number(request.match_info["point"], "point")
+        data = await self._call.on(replica_id, self._session(request).receipt, replica_id, point)
+        return web.Response(body=data, content_type="application/octet-stream")
+
     async def _tree(self, request: web.Request) -> web.Response:
         disk_id = DiskId(_uuid(request, "disk"))
         level, first, count = (_number(request.query.get(name, ""), name) for name in ("level", "first", "count"))
         arguments = (_replica_id(request), disk_id, level, first, count)
         digests = await self._call.on(arguments[0], self._session(request).tree, *arguments)
-        return web.Response(body=digests, content_type="application/octet-stream")
+        return _octets(digests)
+
+    async def _nodes(self, request: web.Request) -> web.Response:
+        disk_id = DiskId(_uuid(request, "disk"))
+        session, replica_id = await self._admitted(request)
+        query = await _read_document(request, wire.TreeQuery)
+        return _octets(await self._call.on(replica_id, session.nodes, replica_id, disk_id, query))
+
+    async def _grains(self, request: web.Request) -> web.Response:
+        disk_id = DiskId(_uuid(request, "disk"))
+        session, replica_id = await self._admitted(request)
+        query = await _read_document(request, wire.GrainQuery)
+        return _octets(await self._call.on(replica_id, session.grains, replica_id, disk_id, query))
+
+    async def _leaves(self, request: web.Request) -> web.Response:
+        disk_id, first = DiskId(_uuid(request, "disk")), _number(request.match_info["number"], "leaf")
+        length = length_of(request, wire.MAX_BODY_BYTES)
+        session, replica_id = await self._admitted(request)
+        epoch = _epoch(request)
+        async with self._budget.hold(session.identity, length):
+            body = await read_body(request, length)
+            return _document(await self._call.on(replica_id, _repair, session, replica_id, disk_id, first, epoch, body))
 
     # --- around every request ---
 
@@ -205,6 +235,15 @@ def _start_commit(session: Session, replica_id: ReplicaId, delta_id: DeltaId, bo
     return session.start_commit(replica_id, delta_id, bytes(frame.blob), frame.offset)
 
 
+def _repair(
+    session: Session, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, body: bytearray
+) -> wire.StillDamaged:
+    frames = wire.decode_segments(body, first)
+    if len(frames) != 1:
+        raise ProtocolError(f"{len(frames)} frames of leaves; one request has one")
+    return session.repair_leaves(replica_id, disk_id, epoch, frames[0])
+
+
 async def _settled(job: Job, seconds: float) -> bool:
     """Whether the job is done within that time."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
@@ -236,6 +275,14 @@ def _delta_id(request: web.Request) -> DeltaId:
     return DeltaId(_uuid(request, "delta"))
 
 
+def _epoch(request: web.Request) -> Epoch:
+    counter, holder = _number(request.query.get("epoch", ""), "epoch"), request.query.get("holder", "")
+    with suppress(ValueError):
+        if str(value := UUID(holder)) == holder:
+            return Epoch(counter, value)
+    raise ProtocolError(f"holder {holder[:64]!r} is not an id", hint="write it as 8-4-4-4-12 lower-case hex digits")
+
+
 def _number(text: str, what: str) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text):
         raise ProtocolError(f"{what} {text[:64]!r} is not a number")
@@ -244,6 +291,10 @@ def _number(text: str, what: str) -> int:
 
 def _document(value: Frozen | list[wire.ReplicaInfo] | list[wire.PointSummary]) -> web.Response:
     return web.Response(body=wire.encode(value), content_type=wire.DOCUMENT_TYPE)
+
+
+def _octets(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/octet-stream")
 
 
 def _problem(error: ReplicaError, status: int | None = None) -> web.Response:

@@ -11,10 +11,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from replica.errors import UnknownMachineError
-from replica.model import DeltaId, Disk, DiskId, ReplicaId, State
+from replica.model import DeltaId, Disk, DiskId, Epoch, ReplicaId, State
 from replica.receiver.slot import Job, Slot
 from replica.receiver.stores import OpenPoint
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, Frame, PointSummary, ReplicaInfo, check_digest
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    Frame,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    TreeQuery,
+    check_digest,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,7 +66,7 @@ class Session:
         return self._site.owned(self.identity, machine)
 
     def replica(self, replica_id: ReplicaId) -> ReplicaInfo:
-        return self._slot(replica_id).info()
+        return self._slot(replica_id).info(receipt=True)
 
     def enrol(self, replica_id: ReplicaId, enrol: Enrol) -> ReplicaInfo:
         return self._site.enrol(self.identity, replica_id, enrol)
@@ -90,13 +102,30 @@ class Session:
 
     def start_commit(self, replica_id: ReplicaId, delta_id: DeltaId, tail: bytes, tail_offset: int) -> Job:
         """`commit` for callers that wait in their own way: on `Job.done`, then `outcome`."""
-        return self._slot(replica_id).start_commit(delta_id, tail, tail_offset, self._site.spec.keep_last)
+        return self._slot(replica_id).start_commit(delta_id, tail, tail_offset)
 
     def outcome(self, replica_id: ReplicaId, job: Job) -> ReplicaInfo:
         return self._slot(replica_id).outcome(job)
 
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._slot(replica_id).discard(delta_id)
+
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        frame = Frame(first, 0, digest, memoryview(content).cast("B"))
+        check_digest(frame)
+        return self.repair_leaves(replica_id, disk_id, epoch, frame)
+
+    def repair_leaves(self, replica_id: ReplicaId, disk_id: DiskId, epoch: Epoch, frame: Frame) -> StillDamaged:
+        """Leaves whose digest was checked."""
+        return StillDamaged(self._slot(replica_id).repair(disk_id, frame.number, epoch, frame.blob))
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._site.nodes(self.identity, replica_id, disk_id, query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._site.grains(self.identity, replica_id, disk_id, query)
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
         points = self._site.reader(self.identity, replica_id).points()
@@ -114,6 +143,9 @@ class Session:
         """A pinned point, for reading; a context manager."""
         return self._site.reader(self.identity, replica_id).open_point(point)
 
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        return self._site.reader(self.identity, replica_id).receipt(point)
+
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         return self._site.tree(self.identity, replica_id, disk_id, level, first, count)
 
@@ -124,9 +156,9 @@ class Session:
 def find_disk(state: State, disk: str) -> Disk:
     """A disk of a state by its id or its name. UnknownMachineError names those there are."""
     for entry in state.disks:
-        if disk in (str(entry.disk.id), entry.disk.name):
+        if disk == str(entry.disk.id) or (disk == entry.disk.name and entry.disk.id != state.files):
             return entry.disk
-    names = ", ".join(entry.disk.name for entry in state.disks) or "none"
+    names = ", ".join(entry.disk.name for entry in state.machine_disks) or "none"
     raise UnknownMachineError(f"point {state.point} has no disk {disk!r}", hint=f"it has {names}")
 
 

@@ -37,8 +37,12 @@ from replica.receiver.session import Session, find_disk
 from replica.receiver.slot import Slot
 from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
 from replica.receiver.stores import FileStores, Reader, Store, Stores
+from replica.receiver.upkeep import Housekeeper
 from replica.store import Identity
-from replica.transport.wire import MAX_TREE_NODES, Enrol, ReplicaInfo
+from replica.store.receipt_key import ReceiptKey
+from replica.store.retention import FLOODABLE
+from replica.store.space import Space
+from replica.transport.wire import MAX_GRAIN_BYTES, MAX_TREE_NODES, Enrol, GrainQuery, ReplicaInfo, TreeQuery
 
 __all__ = ["AllowSpec", "Session", "Site", "SiteSpec", "StorageSpec"]
 
@@ -66,17 +70,28 @@ class Site:
         Ones that cannot be opened are logged and left for later. Raises StorageError if a storage cannot be listed.
         """
         self.spec = spec
-        self._stores = stores or FileStores(fs)
+        self._stores = stores or FileStores(fs, _receipt_key(fs, spec))
         self._clock = clock
         self._turns = threading.Semaphore(MAX_COMMITS)
         self._enrolling = threading.Lock()
         self._slots: dict[ReplicaId, Slot] = {}
+        self._housekeeper = Housekeeper(lambda: list(self._slots.values()), self._spaces)
         for storage in spec.storages.values():
             for directory in self._stores.directories(storage.path):
                 self._find(directory)
         self.failed = 0
         self.recovering = len(self._slots)
+        self._warn_of_policies()
         self._recover(wait)
+        self._housekeeper.start()
+
+    def _spaces(self) -> list[tuple[str, Space]]:
+        return [(s.name, self._stores.space(s.path, s.limits)) for s in self.spec.storages.values()]
+
+    def _warn_of_policies(self) -> None:
+        for name, policy in [("*", self.spec.retention), *((m.machine, m.policy) for m in self.spec.machines)]:
+            if policy.is_floodable:
+                log.warning("retention of machine %r: %s", name, FLOODABLE)
 
     def _recover(self, wait: bool) -> None:
         """Open every slot, `MAX_COMMITS` at a time. In daemon threads: one that hangs must not hold up the end."""
@@ -114,7 +129,8 @@ class Site:
         self._slots[replica_id] = self._slot(replica_id, directory)
 
     def _slot(self, replica_id: ReplicaId, directory: Path, store: Store | None = None) -> Slot:
-        return Slot(self._stores, replica_id, directory, self._clock, self._turns, store, keep_last=self.spec.keep_last)
+        stores, wake = self._stores, self._housekeeper.wake
+        return Slot(stores, replica_id, directory, self._clock, self._turns, store, spec=self.spec, wake=wake)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -129,6 +145,7 @@ class Site:
         """Let running commits end, at most that long altogether, and close the stores; False if one did not end."""
         deadline = time.monotonic() + limit_seconds
         slots = list(self._slots.values())
+        self._housekeeper.stop()
         for slot in slots:
             slot.refuse()
         ended = [slot.close(max(0.0, deadline - time.monotonic())) for slot in slots]
@@ -233,6 +250,19 @@ class Site:
             raise ProtocolError(f"{count} nodes of a tree were asked for; 1 to {MAX_TREE_NODES} can be")
         disk = find_disk(self._stores.reader(slot.directory).head, str(disk_id))
         return self._stores.tree(slot.directory, disk, level, first, count)
+
+    def nodes(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        slot = self.slot(identity, replica_id)
+        return self._stores.nodes(slot.directory, query.base, disk_id, query.level, query.ranges)
+
+    def grains(self, identity: str, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        slot = self.slot(identity, replica_id)
+        return self._stores.grains(slot.directory, query.base, disk_id, query.secret, query.ranges, MAX_GRAIN_BYTES)
+
+
+def _receipt_key(fs: FileSystem, spec: SiteSpec) -> ReceiptKey | None:
+    storages = tuple(storage.path for storage in spec.storages.values())
+    return ReceiptKey(fs, spec.receipt_key, storages) if spec.receipt_key else None
 
 
 def _has_key(slot: Slot, key: DataKey) -> bool:

@@ -29,10 +29,12 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from replica.errors import BusyError, ReplicaError
-from replica.model import NIL, DeltaId, Epoch, ReplicaId, State, rfc3339
-from replica.receiver.admission import Activity, check_adopt, check_delta
+from replica.errors import BusyError, ReplicaError, StorageFullError
+from replica.model import NIL, DamagedLeaves, DeltaId, DiskId, Epoch, ReplicaId, State, rfc3339
+from replica.receiver.admission import Activity, Pace, check_adopt, check_delta
+from replica.receiver.spec import SiteSpec
 from replica.receiver.stores import Store, Stores
+from replica.receiver.upkeep import Upkeep
 from replica.store import Identity
 from replica.transport.wire import Adopt, Begin, Begun, Frame, ReplicaInfo, to_problem
 
@@ -61,11 +63,13 @@ class Slot:
         clock: Callable[[], float],
         turns: threading.Semaphore,
         store: Store | None = None,
-        keep_last: int | None = None,
+        *,
+        spec: SiteSpec,
+        wake: Callable[[Slot], None] = lambda _slot: None,
     ) -> None:
         """`turns` bounds how many replicas of the site rewrite their heads at the same time.
 
-        `keep_last` is for a commit that is taken up at the start; None rotates nothing.
+        `wake` has this slot's `tidy` called behind.
         """
         self.replica_id = replica_id
         self.directory = directory
@@ -74,7 +78,8 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
-        self._keep_last = keep_last
+        self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self))
+        self._pace = Pace(float(spec.max_points_per_hour), clock())
         self._opening = threading.Lock()
         self._open_job: Future[Store] | None = None
         self._jobs = threading.Lock()
@@ -158,8 +163,11 @@ class Slot:
                 self._identity = self._stores.reader(self.directory).identity
         return self._identity
 
-    def info(self) -> ReplicaInfo:
-        """What is so now. A replica that another process has locked is shown as it lies there, as stopped."""
+    def info(self, *, receipt: bool = False) -> ReplicaInfo:
+        """What is so now, with the head's receipt or without.
+
+        A replica that another process has locked is shown as it lies there, as stopped.
+        """
         try:
             store = self.store()
         except BusyError as error:
@@ -171,6 +179,7 @@ class Slot:
                 self.replica_id, who.machine, who.owner, reader.epoch, reader.head, stopped=to_problem(error)
             )
         who, stopped = store.identity, store.stopped
+        signed = store.receipt if receipt else None
         return ReplicaInfo(
             replica_id=self.replica_id,
             machine=who.machine,
@@ -180,6 +189,8 @@ class Slot:
             applying=self._working_on() or store.applying,
             receiving=store.receiving,
             stopped=to_problem(stopped) if stopped else None,
+            damaged=store.damaged,
+            receipt=signed.data if signed else None,
         )
 
     def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
@@ -204,11 +215,24 @@ class Slot:
         store = self._running_store()
         with self._jobs:
             self._refuse_while_working("begin a delta")
+        self._pace.check(self._clock(), self._upkeep.max_points_per_hour)
+        self._make_room(store, delta_id)
         received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         with self._jobs:
             self._active = Activity(delta_id, begin.epoch, self._clock())
             self._job = None
         return Begun(received)
+
+    def _make_room(self, store: Store, delta_id: DeltaId) -> None:
+        """StorageFullError while the storage is short; what arrived of a delta that was given up goes first."""
+        try:
+            self._upkeep.check_room()
+        except StorageFullError:
+            given_up = store.receiving
+            if given_up is None or given_up == delta_id:
+                raise
+            store.discard(given_up)
+            self._upkeep.check_room()
 
     def receive(self, delta_id: DeltaId, frames: list[Frame]) -> None:
         """Store segments whose digests were checked."""
@@ -216,11 +240,28 @@ class Slot:
         with self._jobs:
             check_delta(self._active, delta_id, store.epoch)
             self._refuse_while_working("store a segment")
+        self._upkeep.check_room()
         for frame in frames:
             store.receive(delta_id, frame.number, frame.offset, frame.digest, frame.blob)
         with self._jobs:
             if self._working_on() is None and store.receiving == delta_id:
                 self._active = Activity(delta_id, store.epoch, self._clock())
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        """Repair leaves of the head; those of them that still are damaged."""
+        store = self._running_store()
+        with self._jobs:
+            self._refuse_while_working("repair the head")
+        left = store.repair(disk_id, first, epoch, content)
+        log.warning(
+            "replica %s: damage on disk %s from leaf %d on: the sender sent %d bytes, %s",
+            self.replica_id,
+            disk_id,
+            first,
+            len(content),
+            "and it is repaired" if not left else f"and {sum(d.stop - d.first for d in left)} leaves stay damaged",
+        )
+        return left
 
     def discard(self, delta_id: DeltaId) -> None:
         store = self.store()
@@ -231,7 +272,7 @@ class Slot:
 
     # --- committing ---
 
-    def start_commit(self, delta_id: DeltaId, tail: bytes, tail_offset: int, keep_last: int) -> Job:
+    def start_commit(self, delta_id: DeltaId, tail: bytes, tail_offset: int) -> Job:
         """The job that commits `delta_id`: a new one, the running one, or one whose failure nobody was told."""
         store = self.store()
         with self._jobs:
@@ -241,11 +282,11 @@ class Slot:
                 return job
             self._refuse_while_working("commit a delta")
             job = self._job = Job(delta_id)
-        self._start(store, job, tail, tail_offset, keep_last)
+        self._start(store, job, tail, tail_offset)
         return job
 
-    def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
-        arguments = (store, job, tail, tail_offset, keep_last)
+    def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
+        arguments = (store, job, tail, tail_offset)
         threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
 
     def _take_up(self, store: Store) -> None:
@@ -256,7 +297,7 @@ class Slot:
         log.info("replica %s: going on with the commit of delta %s", self.replica_id, received)
         with self._jobs:
             job = self._job = Job(received)
-        self._start(store, job, b"", 0, self._keep_last)
+        self._start(store, job, b"", 0)
 
     def outcome(self, job: Job) -> ReplicaInfo:
         """The end of a job that is done: the new state, or its error. Whoever asks has been told."""
@@ -264,9 +305,9 @@ class Slot:
             if self._job is job:
                 self._job = None
         job.done.result()
-        return self.info()
+        return self.info(receipt=True)
 
-    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int, keep_last: int | None) -> None:
+    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
         error: BaseException | None = None
         try:
             already = store.head.delta_id == job.delta_id and store.applying is None
@@ -274,17 +315,19 @@ class Slot:
                 store.finish(job.delta_id, tail, tail_offset)
             del tail
             with self._turns:
-                state = store.commit(job.delta_id)
+                state = store.commit(job.delta_id, reserve_bytes=self._upkeep.space().min_bytes)
             if not already:
                 log.info(
-                    "replica %s (%s): committed point %d of %s",
+                    "replica %s (%s): committed %s %d of %s",
                     self.replica_id,
                     store.identity.machine,
+                    "a part of a copy after point" if state.partial else "point",
                     state.point,
                     rfc3339(state.frozen_at_ns),
                 )
-            if keep_last is not None:
-                self._rotate(store, keep_last)
+                if state.is_point:
+                    self._pace = self._pace.take(self._clock(), self._upkeep.max_points_per_hour)
+            self._upkeep.after_commit(store)
         except ReplicaError as failure:
             log.error("replica %s (%s): commit failed: %s", self.replica_id, store.identity.machine, failure)
             error = failure
@@ -297,15 +340,14 @@ class Slot:
         else:
             job.done.set_exception(error)
 
-    def _rotate(self, store: Store, keep_last: int) -> None:
-        """A point that could not be dropped harms nobody; the next commit tries again."""
-        try:
-            dropped = store.rotate(keep_last)
-        except ReplicaError as error:
-            log.warning("replica %s: cannot rotate points: %s", self.replica_id, error)
-            return
-        if dropped:
-            log.info("replica %s: rotated out %s", self.replica_id, ", ".join(map(str, dropped)))
+    def tidy(self) -> None:
+        """Do what rotation and space ask for, if the store is open. Raises nothing."""
+        store = self._store
+        if store is not None and not self._closed:
+            try:
+                self._upkeep.tidy(store)
+            except Exception:
+                log.exception("replica %s: cannot rotate points", self.replica_id)
 
     # --- the job and the activity ---
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from replica.store.retention import DEFAULT_POLICY, Policy
+from replica.store.space import DEFAULT_LIMITS, SpaceLimits
 from replica.transport.tls import TlsFiles
+
+MAX_POINTS_PER_HOUR = 3600
+"""Points that a replica takes per hour, on average: one a second. Each costs a file, and time at every look."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageSpec:
-    """A directory that replicas are kept in, and the format of the head images in it."""
+    """A directory that replicas are kept in, the format of the head images in it, and what must stay free there."""
 
     name: str
     path: Path
     head: Literal["raw", "vhd"] = "raw"
+    limits: SpaceLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +36,36 @@ class AllowSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineRetention:
+    """The policy of machines whose name (`web-1`, or with its owner: `hv-1/web-1`) matches a pattern."""
+
+    machine: str
+    policy: Policy
+
+    def matches(self, owner: str, machine: str) -> bool:
+        return any(fnmatchcase(name, self.machine) for name in (machine, f"{owner}/{machine}"))
+
+
+@dataclass(frozen=True, slots=True)
 class SiteSpec:
-    """Everything about one replica site. `allow` is in order: the first match counts."""
+    """Everything about one replica site. `allow` and `machines` are in order: the first match counts."""
 
     listen_host: str
     listen_port: int
     tls: TlsFiles
     storages: Mapping[str, StorageSpec]
     allow: Sequence[AllowSpec]
-    keep_last: int = 24
+    retention: Policy = DEFAULT_POLICY
+    machines: Sequence[MachineRetention] = ()
+    max_points_per_hour: int = MAX_POINTS_PER_HOUR
+    receipt_key: Path | None = None
+    """What receipts are signed with; without it each storage has a key of its own (`store.receipt_key`)."""
+
+    def policy(self, owner: str, machine: str) -> Policy:
+        """Which points of a machine stay."""
+        return next((entry.policy for entry in self.machines if entry.matches(owner, machine)), self.retention)
+
+    def limits(self, directory: Path) -> SpaceLimits:
+        """What must stay free where a replica lies."""
+        storages = self.storages.values()
+        return next((storage.limits for storage in storages if storage.path == directory.parent), DEFAULT_LIMITS)

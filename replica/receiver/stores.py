@@ -15,9 +15,13 @@ from replica.delta import DataKey
 from replica.durable import FileSystem
 from replica.errors import ProtocolError, ReplicaError, StorageError
 from replica.merkle import FileNodes, MerkleTree
-from replica.model import DeltaId, Disk, DiskId, Epoch, State
-from replica.store import Identity, PointInfo, ReplicaReader, ReplicaStore, replica_directories
+from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, Epoch, State
+from replica.receipt import SignedReceipt
+from replica.store import Identity, PointInfo, Policy, ReplicaReader, ReplicaStore, Rotated, replica_directories
+from replica.store.compare import Ranges, StillHead
 from replica.store.layout import Layout
+from replica.store.receipt_key import ReceiptKey
+from replica.store.space import Space, SpaceLimits, judge
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,14 +46,20 @@ class Store(Protocol):
     def received(self) -> DeltaId | None: ...
     @property
     def stopped(self) -> ReplicaError | None: ...
+    @property
+    def damaged(self) -> tuple[DamagedLeaves, ...]: ...
+    @property
+    def receipt(self) -> SignedReceipt | None: ...
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]: ...
     def has_key(self, key: DataKey) -> bool: ...
     def adopt(self, expected: Epoch, holder: UUID) -> Epoch: ...
     def begin(self, delta_id: DeltaId, base: DeltaId, epoch: Epoch, header: bytes) -> list[tuple[int, int]]: ...
     def receive(self, delta_id: DeltaId, number: int, offset: int, digest: bytes, blob: memoryview) -> None: ...
     def finish(self, delta_id: DeltaId, tail: bytes, tail_offset: int) -> None: ...
-    def commit(self, delta_id: DeltaId) -> State: ...
+    def commit(self, delta_id: DeltaId, *, reserve_bytes: int = 0) -> State: ...
     def discard(self, delta_id: DeltaId) -> None: ...
-    def rotate(self, keep_last: int) -> list[int]: ...
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated: ...
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated: ...
     def close(self) -> None: ...
 
 
@@ -76,6 +86,7 @@ class Reader(Protocol):
     def head(self) -> State: ...
     def points(self) -> list[PointInfo]: ...
     def open_point(self, number: int | None = None) -> OpenPoint: ...
+    def receipt(self, number: int) -> bytes: ...
 
 
 class Stores(Protocol):
@@ -93,15 +104,28 @@ class Stores(Protocol):
     def reader(self, directory: Path) -> Reader:
         """Look at a replica without its lock."""
 
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        """How the storage under a replica stands."""
+
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         """Digests of the head's Merkle tree, 32 bytes each."""
+
+    def nodes(self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: Ranges) -> bytes:
+        """The same by ranges, of the head that `base` made and no other."""
+
+    def grains(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, secret: bytes, ranges: Ranges, limit_bytes: int
+    ) -> bytes:
+        """Keyed digests of the grains of ranges of leaves of that head, and whether each leaf is whole."""
 
 
 class FileStores:
     """Replicas in directories of a file system. Thread-safe."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, receipt_key: ReceiptKey | None = None) -> None:
+        """`receipt_key`: what all of them sign receipts with; each storage has its own without it."""
         self._fs = fs
+        self._receipt_key = receipt_key
 
     def directories(self, storage: Path) -> list[Path]:
         if not self._fs.exists(storage):
@@ -115,13 +139,16 @@ class FileStores:
         return replica_directories(self._fs, storage)
 
     def create(self, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> Store:
-        return ReplicaStore.create(self._fs, storage, identity, key, epoch)
+        return ReplicaStore.create(self._fs, storage, identity, key, epoch, self._receipt_key)
 
     def open(self, directory: Path) -> Store:
-        return ReplicaStore.open(self._fs, directory)
+        return ReplicaStore.open(self._fs, directory, self._receipt_key)
 
     def reader(self, directory: Path) -> Reader:
         return ReplicaReader(self._fs, directory)
+
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        return judge(self._fs.free_bytes(directory), self._fs.total_bytes(directory), limits)
 
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         with self._fs.open(Layout(directory).tree(disk.id)) as file:
@@ -129,3 +156,13 @@ class FileStores:
                 return MerkleTree(FileNodes(file), disk.leaf_bytes).level(level, first, count).tobytes()
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
+
+    def nodes(self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: Ranges) -> bytes:
+        with StillHead(self._fs, Layout(directory), base) as head:
+            return head.nodes(disk_id, level, ranges)
+
+    def grains(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, secret: bytes, ranges: Ranges, limit_bytes: int
+    ) -> bytes:
+        with StillHead(self._fs, Layout(directory), base) as head:
+            return head.grains(disk_id, secret, ranges, limit_bytes)

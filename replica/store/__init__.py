@@ -4,25 +4,31 @@
 from any process at any time. `commit` is the protocol that both rely on.
 """
 
+from replica.store.adopt import adopt_images
+from replica.store.files import read_files
 from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
 from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
 from replica.store.replica import ReplicaStore
 from replica.store.restore import restore_point
-from replica.store.retention import DEFAULT_KEEP_LAST
+from replica.store.retention import Policy
+from replica.store.rotation import Rotated
 from replica.store.verify import DiskVerdict, verify_head
 
 __all__ = [
-    "DEFAULT_KEEP_LAST",
     "DiskVerdict",
     "HeadFormat",
     "Identity",
     "Layout",
     "PointInfo",
     "PointReader",
+    "Policy",
     "ReplicaReader",
     "ReplicaStore",
+    "Rotated",
     "StoreState",
+    "adopt_images",
+    "read_files",
     "replica_directories",
     "restore_point",
     "verify_head",

@@ -11,7 +11,7 @@ Each arrow is a durability barrier:
     head written (`write`), synced, page cache dropped, changed leaves read
     back (`settle`), tree written, roots compared, tree synced               ->
     state: head = result, applying = none                                    -> committed
-    incoming removed
+    receipt written (`receipts`; by recovery if it is missing), incoming removed
 
 Recovery, whenever a replica is opened or a commit failed in the middle:
 
@@ -21,6 +21,9 @@ Recovery, whenever a replica is opened or a commit failed in the middle:
   inverse is applied instead, and is garbage only when the head is the old state
   again, durably; it is removed before `applying` is cleared.
 - `applying` set, no inverse: the head is untouched; `applying` is cleared.
+- An inverse with LOST extents cannot undo: what it would have to write nobody has.
+  If the redo cannot succeed either, the replica stays as it is, with every byte.
+- Images and trees of the head that are gone are made anew, to be repaired (`repair`).
 
 What recovery relies on is synced again before it acts, because a file seen
 after a crash may so far be in the page cache only. A crash during recovery is
@@ -30,16 +33,18 @@ a crash like any other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from replica import documents
+import numpy as np
+
 from replica.delta import (
     Delta,
     DeltaFileReader,
     DeltaWriter,
     DiskChange,
     Keyring,
+    RottenLeavesError,
     Rows,
     Segment,
     prepare,
@@ -47,13 +52,24 @@ from replica.delta import (
     write,
 )
 from replica.durable import FileSystem
-from replica.errors import BaseMismatchError, DamageError, ImageError, ProtocolError, ReplicaError, StorageError
+from replica.errors import (
+    BaseMismatchError,
+    DamageError,
+    ImageError,
+    LostError,
+    ProtocolError,
+    ReplicaError,
+    StorageError,
+)
 from replica.images.flat import FlatImage
-from replica.model import DeltaId, Epoch, State, random_id
+from replica.model import NEVER, DamagedLeaves, DeltaId, Epoch, Stamp, State, random_id
 from replica.progress import Progress, silent
+from replica.store import damage
 from replica.store.head import FileHead
 from replica.store.incoming import final_path
-from replica.store.layout import HeadFormat, Layout, StoreState
+from replica.store.layout import HeadFormat, Layout, StoreState, save_state
+from replica.store.receipts import ReceiptBook
+from replica.store.repair import HeadRepair, make_missing
 
 
 class Committer:
@@ -64,9 +80,19 @@ class Committer:
     """
 
     def __init__(
-        self, fs: FileSystem, layout: Layout, keyring: Keyring, head_format: HeadFormat, state: StoreState
+        self,
+        fs: FileSystem,
+        layout: Layout,
+        keyring: Keyring,
+        head_format: HeadFormat,
+        state: StoreState,
+        receipts: ReceiptBook,
+        now: Callable[[], Stamp] = lambda: NEVER,
     ) -> None:
+        """`now` is the receiver's time, which a new head is stamped with."""
         self._fs = fs
+        self._now = now
+        self._receipts = receipts
         self._layout = layout
         self._keyring = keyring
         self._head_format = head_format
@@ -86,7 +112,7 @@ class Committer:
                 temporary = self._layout.points / f".{delta_id}.{os.urandom(4).hex()}.tmp"
                 try:
                     self._check_writable(delta)
-                    self._seal_inverse(head, delta, temporary, progress)
+                    self._seal_inverse_healing(head, delta, temporary, progress)
                 except BaseException:
                     self._fs.unlink(temporary)
                     raise
@@ -98,8 +124,28 @@ class Committer:
                     raise
                 with self._open(self._layout.point(delta_id)) as inverse:
                     self._rewrite(head, delta, inverse)
+            self._clear_replaced(delta)
+        self._receipts.committed(self.state.head, self.state.committed)
         self._fs.unlink(final_path(self._layout, delta_id))
         return self.state.head
+
+    def _clear_replaced(self, delta: DeltaFileReader) -> None:
+        """Marks of leaves that this delta wrote, and of disks that it cut or removed, say nothing any more."""
+        marks = damage.load(self._fs, self._layout)
+        gone: list[DamagedLeaves] = []
+        for index, change in enumerate(delta.disks):
+            count, per_leaf = change.after.count_leaves if change.after else 0, change.disk.grains_per_leaf
+            for marked in marks.of(change.disk_id):
+                if count < marked.stop:
+                    gone.append(DamagedLeaves(change.disk_id, max(marked.first, count), marked.stop))
+                for number in delta.overlapping(index, marked.first * per_leaf, marked.stop * per_leaf):
+                    rows = delta.table(number).extents
+                    low = np.maximum(rows["first"] // per_leaf, marked.first)
+                    high = np.minimum(-(-(rows["first"] + rows["count"]).astype(np.int64) // per_leaf), marked.stop)
+                    touched = low.astype(np.int64) < high
+                    runs = zip(low[touched].tolist(), high[touched].tolist(), strict=True)
+                    gone += [DamagedLeaves(change.disk_id, a, b) for a, b in runs]
+        damage.clear(self._fs, self._layout, gone)
 
     def recover(self) -> None:
         """Finish or undo what was being applied; afterwards `state.applying` is none.
@@ -114,16 +160,31 @@ class Committer:
                 self._set_state(self.state.head)
             else:
                 self._finish_or_undo(applying)
-        for name in self._fs.list_names(self._layout.points):
-            if name.startswith("."):
-                self._fs.unlink(self._layout.points / name)
+        make_missing(self._fs, self._layout, self.state.head, self._head_format)
+        self._remove_temporary()
         if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
             self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
+        self._receipts.committed(self.state.head, self.state.committed)
+
+    def _remove_temporary(self) -> None:
+        """What a process that was killed had not named yet. In the root only what nobody but the writer writes."""
+        layout = self._layout
+        documents = (layout.state, layout.state_copy, layout.identity, layout.identity_copy)
+        of_writer = tuple(f".{path.name}." for path in documents)
+        for directory, starts in (
+            (self._layout.points, "."),
+            (self._layout.head, "."),
+            (self._layout.root, of_writer),
+        ):
+            for name in self._fs.list_names(directory):
+                if name.startswith(starts):
+                    self._fs.unlink(directory / name)
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        state = StoreState(self.state.head, epoch, self.state.applying)
-        documents.save(self._fs, self._layout.state, state)
+        before = self.state
+        state = StoreState(before.head, epoch, before.applying, before.committed, before.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
     # --- the steps ---
@@ -165,14 +226,39 @@ class Committer:
         self._set_state(self.state.head)
         self._fs.unlink(self._layout.point(applying))
 
+    def _seal_inverse_healing(
+        self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress
+    ) -> None:
+        """Pass 1; once more if what stood in its way was damage that the replica can repair by itself.
+
+        Damage that it cannot is marked, and the delta refused: its sender can repair it, or replace it (`damage`).
+        """
+        repair = HeadRepair(self._fs, self._layout, head)
+        marks = damage.load(self._fs, self._layout)
+        if marks.trees:
+            repair.heal(marks.leaves)
+        try:
+            return self._seal_inverse(head, delta, temporary, progress)
+        except RottenLeavesError as error:
+            damage.note(self._fs, self._layout, error.leaves, error.trees)
+            if not repair.heal(error.leaves, error.trees):
+                raise
+        self._fs.unlink(temporary)
+        try:
+            self._seal_inverse(head, delta, temporary, progress)
+        except RottenLeavesError as error:
+            damage.note(self._fs, self._layout, error.leaves, error.trees)
+            raise
+
     def _seal_inverse(self, head: FileHead, delta: DeltaFileReader, temporary: Path, progress: Progress) -> None:
         """Pass 1. Afterwards `temporary` is a complete, synced inverse and the resulting roots are proven."""
         state = self.state
         key = self._keyring.get(delta.header.key_id)
         inverse_id = DeltaId(random_id())
         with DeltaWriter(self._fs, temporary, key, state.head.replica_id, inverse_id, state.epoch) as writer:
-            prepare(head, delta, writer.add, progress)
-            writer.finish(base=delta.result, result=delta.base)
+            rotten = damage.load(self._fs, self._layout).leaves
+            prepare(head, delta, writer.add, progress, rotten=rotten)
+            writer.finish(base=delta.result, result=delta.base, committed=state.committed)
 
     def _rewrite(self, head: FileHead, delta: Delta, inverse: Delta, *, garbage: Path | None = None) -> None:
         """Passes 2 and 3 and the state: what follows once the inverse is in place. Idempotent.
@@ -196,7 +282,13 @@ class Committer:
         inverse = self._open_checked(self._layout.point(applying))
         try:
             if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
-                pass
+                self._clear_replaced(delta)
+            elif inverse is not None and inverse.marks_lost:
+                raise LostError(
+                    f"the commit of delta {applying} in {self._layout.root} was cut, the delta cannot be read any "
+                    "more, and undoing it needs content that damage had taken before",
+                    hint="keep the directory as it is; all points can be restored, but for what was damaged in them",
+                )
             elif inverse is not None and inverse.result == self.state.head and inverse.base.delta_id == applying:
                 with self._interrupted_head(inverse.base) as head:
                     self._rewrite(head, inverse, _AllData(inverse), garbage=self._layout.point(applying))
@@ -245,8 +337,9 @@ class Committer:
         return FileHead.open_interrupted(self._fs, self._layout, self.state.head, other, self._head_format)
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
-        state = StoreState(head, self.state.epoch, applying)
-        documents.save(self._fs, self._layout.state, state)
+        committed = self.state.committed if head == self.state.head else self._now()
+        state = StoreState(head, self.state.epoch, applying, committed, self.state.serial + 1)
+        save_state(self._fs, self._layout, state)
         self.state = state
 
 
@@ -263,6 +356,7 @@ class _AllData:
         self.base = delta.result
         self.result = delta.base
         self.disks: tuple[DiskChange, ...] = delta.disks
+        self.marks_lost = False
 
     def segments(self) -> Iterator[Segment]:
         raise ReplicaError("only the extents of this delta are known")

@@ -9,7 +9,7 @@ Not thread-safe, but for `read_into` (positioned reads).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -126,6 +126,16 @@ class FileHead:
     def tree(self, disk_id: DiskId) -> MerkleTree:
         return self._trees[disk_id][1]
 
+    def allocated(self, disk_id: DiskId) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of bytes of the image that are no hole, ascending."""
+        return self._images[disk_id].allocated(0, self._disks[disk_id].size_bytes)
+
+    def reopen_tree(self, disk_id: DiskId) -> None:
+        """Another file has taken the tree's place."""
+        tree = self._fs.open(self._layout.tree(disk_id), write=True)
+        self._trees.pop(disk_id)[0].close()
+        self._trees[disk_id] = (tree, MerkleTree(FileNodes(tree), self._disks[disk_id].leaf_bytes))
+
     def set_disks(self, disks: Sequence[Disk]) -> None:
         """Make the head hold exactly these disks: new ones empty, others cut or grown with zeros."""
         wanted = {disk.id: disk for disk in disks}
@@ -168,3 +178,10 @@ class FileHead:
             image.sync()
             self._trees[disk_id][0].sync()
         self._fs.sync_directory(self._layout.head)
+
+
+def remove_leftovers(fs: FileSystem, layout: Layout) -> None:
+    """Clear the head of a replica that is empty, has no point and applies nothing: an adoption was cut there."""
+    fs.set_links(layout.head, {})
+    for name in fs.list_names(layout.head):
+        fs.unlink(layout.head / name)

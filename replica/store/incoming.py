@@ -207,6 +207,8 @@ class Incoming:
         self._fs.unlink(index_path(self._layout, self.delta_id))
 
     def _check_complete(self, reader: DeltaFileReader) -> None:
+        if reader.marks_lost:
+            raise FormatError(f"delta {self.delta_id} says that content is lost, which only a replica's inverses may")
         table = reader.manifest.table
         for number, row in enumerate(table):
             named = _Entry(int(row["offset"]), int(row["length"]), row["digest"].tobytes())

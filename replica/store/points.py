@@ -6,6 +6,12 @@ points are what can be reached from the head by following those links, but for
 the steps of a long copy (`State.partial`). File names are never trusted for it,
 so that a file in the wrong place changes nothing.
 
+Thinning writes an inverse that leads over several states at once before it removes the ones it replaces (`thin`), and a
+crash may leave both. So the links are no list but a graph without circles, and the chain is the way through it that
+leads farthest back, and of those that lead there the one with the most states: what is not removed yet is listed.
+Links that can be reached but are not on that way are *spare*: what they lead to can be reached without them, or had
+been given up when they were to be removed. Links that cannot be reached are *strays*: damage, and never removed.
+
 While a delta is being applied (`state.applying`) the head may be half written.
 Its inverse is in place by then, so the walk starts one step earlier, at the
 state being made: the newest committed point is read through that inverse.
@@ -15,13 +21,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from replica import documents
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
-from replica.model import State
-from replica.store.layout import Layout, StoreState
+from replica.model import NEVER, DeltaId, Stamp, State
+from replica.store.layout import Layout, StoreState, load_state
 
 LOOKS = 100
 """How often the directory is looked at until nothing changed meanwhile; the last look counts whatever it was."""
@@ -35,15 +41,34 @@ class Link:
     base: State
     result: State
     stored_bytes: int
+    committed: Stamp = NEVER
+    """When `result` had been committed here."""
+    lost: bool = False
+    """There is something in it that nobody has any more."""
+
+
+class LostRange(NamedTuple):
+    """A range of a disk, in bytes, that is lost at a point."""
+
+    disk: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
 class PointInfo:
-    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head."""
+    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
+
+    `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
+    `reason`: why it is not restorable, where a verification has found that.
+    """
 
     state: State
     stored_bytes: int
     restorable: bool
+    committed: Stamp = NEVER
+    lost: tuple[LostRange, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +83,8 @@ class Chain:
     links: tuple[Link, ...]
     strays: tuple[Link, ...]
     torn: bool
+    spare: tuple[Link, ...] = ()
+    """Farthest from the head first: the order in which they may be removed."""
 
     @property
     def top(self) -> State:
@@ -87,6 +114,18 @@ class Chain:
         older = [link.result for link in self.links if link is not self.undoing]
         return tuple(state for state in (*reversed(older), self.state.head) if state.is_point)
 
+    @property
+    def committed_points(self) -> tuple[tuple[State, Stamp], ...]:
+        """The points, oldest first, and when each was committed."""
+        links = [link for link in reversed(self.links) if link is not self.undoing]
+        found = [*((link.result, link.committed) for link in links), (self.state.head, self.state.committed)]
+        return tuple((state, committed) for state, committed in found if state.is_point)
+
+    @property
+    def named(self) -> tuple[State, ...]:
+        """Every state that the head or any inverse names, reachable or not."""
+        return (self.state.head, *(s for link in (*self.links, *self.strays) for s in (link.base, link.result)))
+
     def since(self, top: State) -> tuple[Link, ...] | None:
         """The links between `top` and the head, nearest `top` first; None if `top` is not on the chain (any more)."""
         if top == self.top:
@@ -106,6 +145,12 @@ class PointIndex:
         self._keyring = keyring
         self._known: dict[str, Link] = {}
         self._damaged: set[str] = set()
+
+    def copy(self) -> PointIndex:
+        """Another index that knows what this one knows, for another thread."""
+        other = PointIndex(self._fs, self._layout, self._keyring)
+        other._known, other._damaged = dict(self._known), set(self._damaged)
+        return other
 
     @property
     def damaged(self) -> list[Path]:
@@ -128,7 +173,9 @@ class PointIndex:
         path = self._layout.points / name
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
-                self._known[name] = Link(path, reader.base, reader.result, reader.stored_bytes)
+                self._known[name] = Link(
+                    path, reader.base, reader.result, reader.stored_bytes, reader.committed, reader.marks_lost
+                )
         except KeyMissingError:
             raise
         except DamageError:
@@ -148,19 +195,56 @@ class PointIndex:
         return chain
 
     def _look(self) -> tuple[StoreState, list[str]]:
-        state = documents.load(self._fs, self._layout.state, StoreState)
+        state = load_state(self._fs, self._layout)
         return state, [name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")]
 
 
 def _assemble(state: StoreState, links: list[Link], *, torn: bool) -> Chain:
-    by_base = {link.base.delta_id: link for link in links}
-    found: list[Link] = []
-    if state.applying is not None:
-        undoing = by_base.get(state.applying)
-        if undoing is not None and undoing.result == state.head:
-            found.append(by_base.pop(state.applying))
-    current = state.head
-    while (link := by_base.get(current.delta_id)) is not None and link.base == current:
-        found.append(by_base.pop(current.delta_id))
-        current = link.result
-    return Chain(state, tuple(found), tuple(by_base.values()), torn)
+    from_base: dict[DeltaId, list[Link]] = {}
+    undoing: list[Link] = []
+    for link in links:
+        if not undoing and link.base.delta_id == state.applying and link.result == state.head:
+            undoing.append(link)
+        else:
+            from_base.setdefault(link.base.delta_id, []).append(link)
+    order = _reachable(state.head, from_base)
+    depth, by = _longest(state.head, order)
+    oldest = min(depth, key=lambda state: (state.point, state.partial, -depth[state]), default=state.head)
+    way: list[Link] = []
+    while oldest in by:
+        way.append(by[oldest])
+        oldest = by[oldest].base
+    on_way, reached = {link.path for link in way}, {link.path for link in order}
+    spare = [link for link in order if link.path not in on_way]
+    spare.sort(key=lambda link: depth[link.base], reverse=True)
+    seen = reached | {link.path for link in undoing}
+    strays = tuple(link for link in links if link.path not in seen)
+    return Chain(state, (*undoing, *reversed(way)), strays, torn, tuple(spare))
+
+
+def _reachable(head: State, from_base: dict[DeltaId, list[Link]]) -> list[Link]:
+    """Every link that can be reached from the head, each after all that lead to its base."""
+    finished: list[Link] = []
+    seen: set[DeltaId] = set()
+    stack: list[tuple[State, Link | None, bool]] = [(head, None, False)]
+    while stack:
+        state, via, done = stack.pop()
+        if done:
+            if via is not None:
+                finished.append(via)
+            continue
+        stack.append((state, via, True))
+        if state.delta_id in seen:
+            continue
+        seen.add(state.delta_id)
+        stack.extend((link.result, link, False) for link in from_base.get(state.delta_id, ()) if link.base == state)
+    return finished[::-1]
+
+
+def _longest(head: State, links: list[Link]) -> tuple[dict[State, int], dict[State, Link]]:
+    """For every state the most steps in which it can be reached, and the last of them."""
+    depth, by = {head: 0}, {}
+    for link in links:
+        if depth[link.base] + 1 > depth.get(link.result, 0):
+            depth[link.result], by[link.result] = depth[link.base] + 1, link
+    return depth, by

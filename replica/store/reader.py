@@ -20,25 +20,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from replica import documents
-from replica.delta import ChainReader, DeltaFileReader, Keyring
+from replica.delta import ChainReader, Keyring
 from replica.delta.read import ALLOCATED_BYTES
-from replica.durable import FileSystem
-from replica.errors import DamageError, PointGoneError, StorageError
+from replica.durable import File, FileSystem
+from replica.errors import DamageError, LostError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
-from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store import damage
+from replica.store.damage import Marks, reading_damage
+from replica.store.layers import InverseLayer, LayerFiles, MovedError
+from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
-from replica.store.points import Chain, Link, PointIndex, PointInfo
+from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
+from replica.store.receipts import ReceiptFiles
 from replica.store.verify import DiskVerdict, verify_head
+from replica.store.verify_round import known_damage, with_damage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+MAX_LOST_RANGES = 64
+"""How many lost ranges of a point are listed."""
 
 
 class ReplicaReader:
@@ -54,7 +62,7 @@ class ReplicaReader:
 
     @property
     def state(self) -> StoreState:
-        return documents.load(self._fs, self.layout.state, StoreState)
+        return load_state(self._fs, self.layout)
 
     @property
     def head(self) -> State:
@@ -72,20 +80,51 @@ class ReplicaReader:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
         chain = self._index.chain()
         head = chain.state.head
+        damaged = reading_damage(self._fs, self._keyring, chain, self.marks)
         infos = [
-            PointInfo(link.result, link.stored_bytes, not chain.torn)
+            PointInfo(
+                link.result,
+                link.stored_bytes,
+                not chain.torn and link.result.delta_id not in damaged,
+                link.committed,
+            )
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain)))
+            usable = self._head_usable(chain) and head.delta_id not in damaged
+            infos.append(PointInfo(head, self._head_bytes(head), usable, chain.state.committed))
+        if any(link.lost for link in chain.links):
+            infos = [self._with_lost(info, chain) for info in infos]
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
                 if state.is_point and state.delta_id not in known and state.point < head.point:
                     known.add(state.delta_id)
-                    infos.append(PointInfo(state, stray.stored_bytes, False))
-        return sorted(infos, key=lambda info: info.state.point)
+                    infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
+        infos.sort(key=lambda info: info.state.point)
+        return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
+
+    def _with_lost(self, info: PointInfo, chain: Chain) -> PointInfo:
+        """The point with what of it is lost, where an inverse on the way to it has lost extents."""
+        found = chain.to(info.state.point)
+        if found is None or not any(link.lost for link in found[1]):
+            return info
+        ranges: list[LostRange] = []
+        try:
+            with self.open_point(info.state.point) as point:
+                for disk in point.disks:
+                    ranges += [LostRange(disk.name, a, b - a) for a, b in point.lost(disk.id)]
+        except PointGoneError:  # rotated out just now
+            return info
+        except DamageError:
+            return replace(info, restorable=False)
+        return replace(info, restorable=info.restorable and not ranges, lost=tuple(ranges[:MAX_LOST_RANGES]))
+
+    @property
+    def marks(self) -> Marks:
+        """What is known to be damaged in the head (`damage`)."""
+        return damage.load(self._fs, self.layout)
 
     @property
     def damaged(self) -> list[Path]:
@@ -118,10 +157,23 @@ class ReplicaReader:
                 if chain.to(state.point) is None and number is None:
                     continue
                 state, links = self._find(chain, state.point)
-                reader = PointReader(self._fs, self.layout, self._keyring, self.identity.head_format, state, links)
+                reader = PointReader(
+                    self._fs, self.layout, self._keyring, self.identity.head_format, state, links, self._index.copy()
+                )
                 undo.pop_all()
             reader.on_close(lock.release)
             return reader
+
+    def receipt(self, number: int) -> bytes:
+        """The signed receipt of a point, as it lies there. PointGoneError: no such point, or none was issued yet."""
+        state, _ = self._find(self._index.chain(), number)
+        files = ReceiptFiles(self._fs, self.layout)
+        if not files.has(state.delta_id):
+            raise PointGoneError(
+                f"point {number} of machine {self.identity.machine!r} has no receipt yet",
+                hint="the receiver issues it with its next commit or start; its log says what is in the way",
+            )
+        return files.read(state.delta_id).data
 
     def verify(self, progress: Progress = silent) -> list[DiskVerdict]:
         """Check the head against its tree and the tree against the committed state (see `verify`)."""
@@ -156,10 +208,6 @@ def _refuse_torn(chain: Chain, layout: Layout) -> None:
         )
 
 
-class _MovedError(Exception):
-    """What a reader took for the way to the head is not any more: a commit that it saw was rolled back."""
-
-
 class PointReader:
     """One point, open for reading and pinned until `close`."""
 
@@ -171,16 +219,23 @@ class PointReader:
         head_format: HeadFormat,
         state: State,
         links: tuple[Link, ...],
+        index: PointIndex,
     ) -> None:
         self._fs = fs
         self._layout = layout
         self._keyring = keyring
         self._head_format = head_format
         self.state = state
-        self._index = PointIndex(fs, layout, keyring)
+        self._index = index
+        self._files = LayerFiles(fs, keyring)
         self._mutex = threading.Lock()
         self._resources = ExitStack()
+        self._resources.callback(self._files.close)
+        self._settled: File | None = None
+        self._resources.callback(self._close_document)
         self._images: dict[DiskId, FlatImage] = {}
+        self._images_of: dict[DiskId, Disk] = {}
+        self._marks = damage.load(fs, layout)
         try:
             self._chain = self._connect(links)
         except BaseException:
@@ -189,7 +244,7 @@ class PointReader:
 
     def _connect(self, links: tuple[Link, ...]) -> ChainReader:
         """Open what lies between the point and the head. What was open before stays open until `close`."""
-        layers = [self._open_layer(link) for link in links]
+        layers = [self._files.layer(link) for link in links]
         self._top = links[-1].base if links else self.state
         self._open_images()
         return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
@@ -210,16 +265,34 @@ class PointReader:
     def disks(self) -> tuple[Disk, ...]:
         return tuple(entry.disk for entry in self.state.disks)
 
-    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
+    @property
+    def depth(self) -> int:
+        """How many inverses lie between the point and the head, as far as this reader has seen."""
+        return self._chain.depth
+
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, lost_as_zeros: bool = False) -> None:
         """Fill `buffer` from the disk as it was at this point. Thread-safe.
 
-        Raises DamageError (an inverse is damaged), StorageError, ValueError (outside the disk).
+        Raises LostError (a range of it is lost, and not asked for as zeros), DamageError (an inverse is damaged),
+        StorageError, ValueError (outside the disk).
         """
         while True:
             chain = self._chain
             try:
-                return chain.read_into(disk_id, offset, buffer)
-            except _MovedError:
+                return chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
+            except MovedError:
+                self._connect_again(chain)
+
+    def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
+        """Half-open ranges of the disk's bytes that nobody has any more at this point, ascending. Thread-safe."""
+        entry = self.state.disk(disk_id)
+        if entry is None:
+            raise ValueError(f"state {self.state.delta_id} has no disk {disk_id}")
+        while True:
+            chain = self._chain
+            try:
+                return list(chain.lost(disk_id, 0, entry.disk.size_bytes))
+            except MovedError:
                 self._connect_again(chain)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -230,7 +303,7 @@ class PointReader:
                 try:
                     ranges = list(chain.allocated(disk_id, begin, min(begin + ALLOCATED_BYTES, stop)))
                     break
-                except _MovedError:
+                except MovedError:
                     self._connect_again(chain)
             yield from ranges
 
@@ -238,19 +311,19 @@ class PointReader:
         with self._mutex:
             if self._chain is not seen:
                 return
+            self._index = PointIndex(self._fs, self._layout, self._keyring)  # a name may belong to another file by now
             chain = self._index.chain()
             _refuse_torn(chain, self._layout)
             found = chain.to(self.state.point)
             if found is None or found[0] != self.state:
                 raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
+            self._close_document()
+            self._settled = None
             self._chain = self._connect(found[1])
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
         return image.allocated(start, stop) if image is not None else iter(())
-
-    def _open_layer(self, link: Link) -> DeltaFileReader:
-        return self._resources.enter_context(DeltaFileReader(self._fs.open(link.path), self._keyring))
 
     def _open_images(self) -> None:
         """The head's disks as they were when the layers were opened; later changes of size come as layers."""
@@ -259,19 +332,54 @@ class PointReader:
                 continue  # added since this point, and perhaps not made yet
             disk, path = entry.disk, self._layout.image(entry.disk.id)
             image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            self._images_of[disk.id] = disk
             self._images[disk.id] = self._resources.enter_context(image)
 
     def _read_head(self, disk_id: DiskId, offset: int, buffer: memoryview) -> None:
+        self._refuse_damaged(disk_id, offset, offset + len(buffer))
         self._images[disk_id].read_into(offset, buffer)
 
-    def _newer(self) -> list[DeltaFileReader]:
-        """Layers for what was applied since the last look, nearest the point first."""
+    def _refuse_damaged(self, disk_id: DiskId, start: int, stop: int) -> None:
+        """LostError if the head is known to be damaged there, and was not repaired meanwhile."""
+        disk = self._images_of[disk_id]
+        if not damage.overlapping(self._marks, disk, start, stop):
+            return
+        self._marks = damage.load(self._fs, self._layout)
+        for first, last in damage.overlapping(self._marks, disk, start, stop):
+            raise LostError(
+                f"disk {disk.name!r} of the head is damaged: {last - first} bytes at {first}",
+                hint="the next sync of the machine repairs it; points that do not read them can be restored",
+                disk=disk.name,
+                offset=first,
+                length=last - first,
+            )
+
+    def _newer(self) -> list[InverseLayer]:
+        """Layers for what was applied since the last look, nearest the point first.
+
+        A commit replaces the state document before its inverse gets a name, and both before it changes the head. So
+        while that document is the very file that the last look was made with, there is nothing newer.
+        """
         with self._mutex:
-            chain = self._index.chain()
-            _refuse_torn(chain, self._layout)
-            links = chain.since(self._top)
-            if links is None:
-                raise _MovedError
-            layers = [self._open_layer(link) for link in links]
-            self._top = chain.top
+            if self._settled is not None and self._settled.has_name():
+                return []
+            document = self._fs.open(self._layout.state) if self._fs.exists(self._layout.state) else None
+            try:
+                chain = self._index.chain()
+                _refuse_torn(chain, self._layout)
+                links = chain.since(self._top)
+                if links is None:
+                    raise MovedError
+                layers = [self._files.layer(link) for link in links]
+                self._top = chain.top
+                between = chain.state.applying is not None and chain.undoing is None
+                if document is not None and document.has_name() and not between:
+                    document, self._settled = self._settled, document
+            finally:
+                if document is not None:
+                    document.close()
             return layers
+
+    def _close_document(self) -> None:
+        if self._settled is not None:
+            self._settled.close()

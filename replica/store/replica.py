@@ -5,66 +5,114 @@
     store.receive(delta_id, number, offset, digest, blob)
     store.finish(delta_id, tail, tail_offset)           # "received"
     store.commit(delta_id)                              # "committed"
-    store.rotate(keep_last=24)
+    store.rotate(policy)                                # what goes from the old end, quick
+    store.thin(policy)                                  # what goes in the middle, beside all the others
 
 When a commit fails in the middle the replica *stops*: every point stays
 readable, nothing is acknowledged, and each later call first tries to recover,
 so that it goes on by itself once the cause (a full disk, say) is gone.
 
-Thread-safe. Segments are received in parallel; one commit or rotation runs at
-a time, and a call that would have to wait for it raises BusyError instead.
+Thread-safe. Segments are received in parallel; one commit runs at a time, and a
+call that would have to wait for it raises BusyError instead. Rotation and
+thinning go on beside all that; only their short steps wait for a commit's end,
+and a commit for theirs.
 """
 
 from __future__ import annotations
 
 import hmac
 import threading
+from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
-from replica import documents
 from replica.delta import DataKey, DeltaFileReader, Keyring, decode_header
 from replica.durable import FileSystem, Lock
 from replica.errors import (
     BaseMismatchError,
     BusyError,
     ConflictError,
+    DamageError,
     FencedError,
     KeyMissingError,
     ProtocolError,
     ReplicaError,
     StorageError,
 )
-from replica.model import DeltaId, Epoch, State
+from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
+from replica.receipt import SignedReceipt
+from replica.store import damage
 from replica.store.commit import Committer
+from replica.store.head import FileHead, remove_leftovers
 from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
-from replica.store.layout import Identity, Layout, StoreState, read_identity, write_identity
-from replica.store.pins import try_unpin_all
+from replica.store.layout import (
+    Identity,
+    Layout,
+    StoreState,
+    heal_identity,
+    load_state,
+    read_identity,
+    save_state,
+    write_identity,
+)
+from replica.store.marks import Marks
 from replica.store.points import PointIndex
-from replica.store.retention import to_drop
+from replica.store.receipt_key import ReceiptKey
+from replica.store.receipts import ReceiptBook
+from replica.store.repair import MAX_LEAVES, HeadRepair
+from replica.store.retention import Policy
+from replica.store.rotation import Rotated, Rotator
+from replica.store.space import commit_bytes, full
 
 
 class ReplicaStore:
     """The writer of one replica. Made by `create` or `open`; `close` lets another process have it."""
 
-    def __init__(self, fs: FileSystem, layout: Layout, lock: Lock, identity: Identity) -> None:
+    def __init__(
+        self, fs: FileSystem, layout: Layout, lock: Lock, identity: Identity, receipt_key: ReceiptKey | None = None
+    ) -> None:
         self._fs = fs
         self._layout = layout
         self._lock = lock
         self.identity = identity
         self._keyring = Keyring(fs, layout.keys)
-        self._index = PointIndex(fs, layout, self._keyring)
+        self._marks = Marks(fs, layout)
+        index = PointIndex(fs, layout, self._keyring)
+        self.receipts = ReceiptBook(
+            fs,
+            layout,
+            receipt_key or ReceiptKey.of_storage(fs, layout.root.parent),
+            identity.machine,
+            lambda: index.chain().committed_points,
+        )
         self._mutex = threading.RLock()
         self._working = threading.Lock()
+        self._quiet = threading.Lock()
+        self._dropping, self._thinning = threading.Lock(), threading.Lock()
+        self._dropper, self._thinner = (
+            Rotator(fs, layout, self._keyring, self._marks, self.receipts, lambda: self._quiet, lambda: self._closed)
+            for _ in "12"
+        )
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
         self._closed = False
         self._load()
 
     @classmethod
-    def create(cls, fs: FileSystem, storage: Path, identity: Identity, key: DataKey, epoch: Epoch) -> ReplicaStore:
-        """Enrol: make the directory, its key and the empty state; `replica.toml` last, it makes it a replica."""
+    def create(
+        cls,
+        fs: FileSystem,
+        storage: Path,
+        identity: Identity,
+        key: DataKey,
+        epoch: Epoch,
+        receipt_key: ReceiptKey | None = None,
+    ) -> ReplicaStore:
+        """Enrol: make the directory, its key and the empty state; `replica.toml` last, it makes it a replica.
+
+        `receipt_key` signs receipts; the storage's own without it.
+        """
         layout = Layout(storage / str(identity.replica_id))
         fs.make_directory(layout.root)
         lock = _take_lock(fs, layout)
@@ -74,15 +122,16 @@ class ReplicaStore:
             for directory in (layout.head, layout.incoming, layout.points, layout.pins):
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
-            documents.save(fs, layout.state, StoreState(State.empty(identity.replica_id, epoch), epoch))
+            Marks(fs, layout).ensure()
+            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
             write_identity(fs, layout, identity)
-            return cls(fs, layout, lock, identity)
+            return cls(fs, layout, lock, identity, receipt_key)
         except BaseException:
             lock.release()
             raise
 
     @classmethod
-    def open(cls, fs: FileSystem, directory: Path) -> ReplicaStore:
+    def open(cls, fs: FileSystem, directory: Path, receipt_key: ReceiptKey | None = None) -> ReplicaStore:
         """Take the lock and recover. Raises BusyError, StorageError, FormatError (nothing was changed then).
 
         A recovery that fails does not raise: the store is `stopped`.
@@ -90,7 +139,9 @@ class ReplicaStore:
         layout = Layout(directory)
         lock = _take_lock(fs, layout)
         try:
-            store = cls(fs, layout, lock, read_identity(fs, layout))
+            identity = read_identity(fs, layout)
+            store = cls(fs, layout, lock, identity, receipt_key)
+            heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
             lock.release()
@@ -100,19 +151,30 @@ class ReplicaStore:
     def _load(self) -> None:
         """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
         a further one says nothing about what was written before it."""
-        state = documents.load(self._fs, self._layout.state, StoreState)
-        documents.save(self._fs, self._layout.state, state)
+        state = load_state(self._fs, self._layout)
+        save_state(self._fs, self._layout, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
                 hint="directories were mixed up; put each file back where it came from",
             )
-        self._committer = Committer(self._fs, self._layout, self._keyring, self.identity.head_format, state)
+        self._committer = Committer(
+            self._fs,
+            self._layout,
+            self._keyring,
+            self.identity.head_format,
+            state,
+            self.receipts,
+            self._marks.now,
+        )
 
     def _attempt_recovery(self) -> None:
         try:
             self._load()
             self._committer.recover()
+            self._marks.ensure()
+            if self.head.is_empty and not self._fs.list_names(self._layout.points):
+                remove_leftovers(self._fs, self._layout)
         except ReplicaError as error:
             self.stopped = error
         else:
@@ -125,6 +187,7 @@ class ReplicaStore:
         """
         with self._working, self._mutex:
             self._closed = True
+        with self._dropping, self._thinning, self._mutex:
             if self._incoming is not None:
                 self._incoming.close()
                 self._incoming = None
@@ -158,6 +221,49 @@ class ReplicaStore:
     def receiving(self) -> DeltaId | None:
         """The delta that is arriving or was received."""
         return next(iter(held(self._fs, self._layout).values()), None)
+
+    @property
+    def damaged(self) -> tuple[DamagedLeaves, ...]:
+        """Leaves of the head that are marked as rotten and that the source is to be asked for, a bounded number.
+
+        Not those of a disk whose tree contradicts itself: the next commit makes the tree anew and then knows which
+        leaves are rotten. It is marked for that here; if the commit cannot, they are listed all the same.
+        """
+        marks = damage.load(self._fs, self._layout)
+        if not marks.leaves or self._closed or not self._working.acquire(blocking=False):
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        try:
+            if self.stopped is not None or self.applying is not None:
+                return damage.first_of(marks.leaves, MAX_LEAVES)
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                unfit = HeadRepair(self._fs, self._layout, head).contradicting(marks)
+            damage.note(self._fs, self._layout, (), unfit)
+        except ReplicaError:  # a file is gone, say: the next commit stops at it, and what opens the store anew mends it
+            return damage.first_of(marks.leaves, MAX_LEAVES)
+        finally:
+            self._working.release()
+        return damage.first_of([d for d in marks.leaves if d.disk_id not in unfit], MAX_LEAVES)
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        """Repair leaves of the head from what the source holds in them (`repair`); those that still are damaged.
+
+        Idempotent. Raises FencedError, BusyError, ProtocolError, StorageError, DamageError.
+        """
+        with self._mutex:
+            self._ensure_running()
+            self._check_epoch(epoch)
+            if not self._working.acquire(blocking=False):
+                raise self._busy()
+        try:
+            with FileHead.open(self._fs, self._layout, self.head, self.identity.head_format) as head:
+                return HeadRepair(self._fs, self._layout, head).put(disk_id, first, content)
+        finally:
+            self._working.release()
+
+    @property
+    def receipt(self) -> SignedReceipt | None:
+        """The head's receipt; None while there is none (`receipts.trouble` says why)."""
+        return self.receipts.newest(self.head) if self.applying is None else None
 
     def has_key(self, key: DataKey) -> bool:
         """Whether exactly this key is here."""
@@ -287,11 +393,13 @@ class ReplicaStore:
 
     # --- committing ---
 
-    def commit(self, delta_id: DeltaId, progress: Progress = silent) -> State:
+    def commit(self, delta_id: DeltaId, progress: Progress = silent, *, reserve_bytes: int = 0) -> State:
         """Apply a received delta. Idempotent: a committed one answers the state it made.
 
         A delta that is refused (base, roots, damage) is discarded, the head
-        untouched. Any other failure may stop the replica until it recovers.
+        untouched. Where the space that it takes at most would not leave
+        `reserve_bytes` free, it is kept, and StorageFullError says so. Any
+        other failure may stop the replica until it recovers.
         """
         with self._mutex:
             self._ensure_open()
@@ -305,12 +413,30 @@ class ReplicaStore:
             if not self._working.acquire(blocking=False):
                 raise self._busy()
         try:
+            if reserve_bytes:
+                self._check_space(delta_id, reserve_bytes)
+            with self._quiet:
+                return self._commit(delta_id, progress)
+        finally:
+            self._working.release()
+
+    def _check_space(self, delta_id: DeltaId, reserve_bytes: int) -> None:
+        path = final_path(self._layout, delta_id)
+        try:
+            with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
+                need_bytes = commit_bytes(reader)
+        except DamageError:
+            return  # for the commit to refuse
+        free_bytes = self._fs.free_bytes(self._layout.root)
+        if free_bytes - need_bytes < reserve_bytes:
+            raise full(self._layout.root, free_bytes, need_bytes, reserve_bytes)
+
+    def _commit(self, delta_id: DeltaId, progress: Progress) -> State:
+        try:
             return self._committer.commit(delta_id, progress)
         except BaseException as error:
             self._after_failure(error)
             raise
-        finally:
-            self._working.release()
 
     def _after_failure(self, error: BaseException) -> None:
         """Stop if the head may be half written or the state file is in doubt; else a refused delta is discarded."""
@@ -322,33 +448,30 @@ class ReplicaStore:
         else:
             discard_all(self._fs, self._layout)
 
-    def rotate(self, keep_last: int) -> list[int]:
-        """Drop the points that the policy no longer keeps, oldest first, up to one that is being read."""
-        if not self._working.acquire(blocking=False):
-            raise self._busy()
-        try:
+    # --- rotating ---
+
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        """Drop the points that the policy no longer keeps from the old end, up to one that is being read.
+
+        `shed_bytes`: space is short, give up points worth that much more. Raises BusyError, StorageError.
+        """
+        with self._dropping:
             self._ensure_open()
-            chain = self._index.chain()
-            if chain.state.applying is not None:
-                return []
-            links = list(chain.links)
-            if links and links[-1].result.is_empty:
-                self._fs.unlink(links.pop().path)
-            states = [link.result for link in reversed(links)]
-            numbers = [state.point for state in states] + [chain.state.head.point]
-            dropped = []
-            for number in to_drop(numbers, keep_last):
-                link = links.pop()
-                lock = try_unpin_all(self._fs, self._layout, link.result.delta_id)
-                if lock is None:
-                    break
-                with lock:
-                    self._fs.unlink(link.path)
-                    self._fs.unlink(self._layout.pin(link.result.delta_id))
-                dropped.append(number)
-            return dropped
-        finally:
-            self._working.release()
+            self._keep_time()
+            return self._dropper.drop(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        """Compose away the points that the policy no longer keeps between others: may take long, stops nothing.
+
+        `at_once`: also where more will go of the same hour or day soon. Raises BusyError, StorageError.
+        """
+        with self._thinning:
+            self._ensure_open()
+            return self._thinner.thin(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    def _keep_time(self) -> None:
+        with suppress(DamageError):  # said by whoever asks for the locks; until it is mended, time stands still
+            self._marks.keep_time()
 
     def _ensure_open(self) -> None:
         if self._closed:
@@ -361,7 +484,8 @@ class ReplicaStore:
             if not self._working.acquire(blocking=False):
                 raise self._busy()
             try:
-                self._attempt_recovery()
+                with self._quiet:  # no rotation removes anything meanwhile
+                    self._attempt_recovery()
             finally:
                 self._working.release()
             if self.stopped is not None:

@@ -17,48 +17,70 @@ import numpy as np
 
 from replica import _native
 from replica.durable import FileSystem
-from replica.errors import DamageError, StorageError, TargetExistsError
+from replica.errors import DamageError, LostError, StorageError, TargetExistsError
 from replica.images.flat import EXTENSIONS, FlatImage
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk
 from replica.progress import Progress, silent
+from replica.store.files import discard_files, prepare_files, publish_files, read_files
 from replica.store.layout import HeadFormat
 from replica.store.reader import PointReader
 
 WINDOW_BYTES = 4 << 20
+NAMED_RANGES = 8
+DEEP_WINDOW_BYTES = 32 << 20
+"""Of a point behind inverses: each read opens every chunk it needs once, so a larger one opens fewer."""
 
 
 def restore_point(
-    fs: FileSystem, point: PointReader, target: Path, format: HeadFormat, progress: Progress = silent
+    fs: FileSystem,
+    point: PointReader,
+    target: Path,
+    format: HeadFormat,
+    progress: Progress = silent,
+    *,
+    allow_lost: bool = False,
 ) -> dict[str, Path]:
     """Write every disk of the point to `<target>/<disk>.raw` or `.vhd`; returns disk name -> path.
 
-    Raises TargetExistsError (nothing is written), DamageError (the point's
-    bytes are not what they were), StorageError, StorageFullError.
+    The machine's files, if the point has any, go to `<target>/files/`, each under its path at the primary.
+
+    Raises TargetExistsError (nothing is written), LostError (ranges of a disk
+    are lost; with `allow_lost` they become zeros, and that disk is not held
+    against its root), DamageError (the point's bytes are not what they were),
+    StorageError, StorageFullError.
     """
-    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in point.disks}
+    disks = [state.disk for state in point.state.machine_disks]
+    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
     for path in paths.values():
         if os.path.lexists(path):
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
+    lost = {disk.name: point.lost(disk.id) for disk in point.disks}
+    if not allow_lost:
+        _refuse_lost(point, lost)
     fs.make_directory(target)
-    total = sum(disk.size_bytes for disk in point.disks)
+    total = sum(disk.size_bytes for disk in disks)
     written: dict[str, Path] = {}
     done = 0
+    files = prepare_files(fs, read_files(point), target)
     try:
-        for disk in point.disks:
+        for disk in disks:
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
-                _write_disk(fs, point, disk, temporary, format, _from(progress, done, total))
+                _write_disk(fs, point, disk, temporary, format, lost[disk.name], _from(progress, done, total))
             except DamageError as error:
                 raise DamageError(
                     f"disk {disk.name!r} of point {point.state.point} cannot be restored: {error.message}",
                     hint="what was written is removed again; restore a newer point, which may not need what is damaged",
                 ) from error
             done += disk.size_bytes
+        publish_files(fs, files)
+        files = None
         for name, path in paths.items():
             fs.publish_new(written[name], path)
             del written[name]
     finally:
+        discard_files(fs, files)
         for temporary in written.values():
             with suppress(StorageError):
                 fs.unlink(temporary)
@@ -66,22 +88,45 @@ def restore_point(
     return paths
 
 
+def _refuse_lost(point: PointReader, lost: dict[str, list[tuple[int, int]]]) -> None:
+    """LostError if there is anything in `lost`, naming the first ranges."""
+    for name, ranges in lost.items():
+        if ranges:
+            named = ", ".join(f"{start} to {stop}" for start, stop in ranges[:NAMED_RANGES])
+            more = f" and {len(ranges) - NAMED_RANGES} more ranges" if len(ranges) > NAMED_RANGES else ""
+            raise LostError(
+                f"disk {name!r} of point {point.state.point} has lost bytes {named}{more}",
+                hint="choose another point, or restore with --allow-lost, which writes zeros there",
+                disk=name,
+                offset=ranges[0][0],
+                length=ranges[0][1] - ranges[0][0],
+            )
+
+
 def _from(progress: Progress, base: int, total: int) -> Progress:
     return lambda done, _size: progress(base + done, total)
 
 
 def _write_disk(
-    fs: FileSystem, point: PointReader, disk: Disk, path: Path, format: HeadFormat, progress: Progress
+    fs: FileSystem,
+    point: PointReader,
+    disk: Disk,
+    path: Path,
+    format: HeadFormat,
+    lost: list[tuple[int, int]],
+    progress: Progress,
 ) -> None:
     tree = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
     with FlatImage.create(fs, path, format, disk.size_bytes, disk.id) as image:
         reached = 0
+        step = DEEP_WINDOW_BYTES if point.depth else WINDOW_BYTES
+        memory = np.empty(min(step, max(disk.size_bytes, 1)), dtype=np.uint8)
         for start, stop in point.allocated(disk.id, 0, disk.size_bytes):
             begin = max(reached, start // disk.leaf_bytes * disk.leaf_bytes)
             end = min(-(-stop // disk.leaf_bytes) * disk.leaf_bytes, disk.size_bytes)
-            for offset in range(begin, end, WINDOW_BYTES):
-                window = np.empty(min(WINDOW_BYTES, end - offset), dtype=np.uint8)
-                point.read_into(disk.id, offset, window.data)
+            for offset in range(begin, end, step):
+                window = memory[: min(step, end - offset)]
+                point.read_into(disk.id, offset, window.data, lost_as_zeros=bool(lost))
                 tree.put(
                     offset // disk.leaf_bytes, leaf_digests(window.data, offset // disk.leaf_bytes, disk.leaf_bytes)
                 )
@@ -90,7 +135,7 @@ def _write_disk(
             reached = max(reached, end)
         expected = point.state.disk(disk.id)
         assert expected is not None
-        if tree.root(disk.size_bytes) != expected.root:
+        if not lost and tree.root(disk.size_bytes) != expected.root:
             raise DamageError("what was read does not have the Merkle root that the point was committed with")
         image.sync()
 

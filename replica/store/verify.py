@@ -5,26 +5,31 @@ commit may be under way in another process, so a difference counts only after
 the leaf was looked at again under the head's lock, when image, tree and state
 belong together. The tree's inner nodes are not trusted either: the root is
 computed again from the leaves and compared with the committed state's.
+
+It goes window by window and may be cut: what is known so far is in a `DiskMark`
+(`verdicts`), handed out after every window, from which a later run goes on.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
-from replica import documents
 from replica.durable import File, FileSystem
 from replica.errors import BusyError
 from replica.images.flat import FlatImage
 from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk, DiskState
 from replica.progress import Progress, silent
-from replica.store.layout import HeadFormat, Layout, StoreState, read_identity
+from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
+from replica.store.pace import Pace
+from replica.store.verdicts import DiskMark, bounded, outside
 
 WINDOW_BYTES = 4 << 20
 SETTLE_TRIES = 100
@@ -41,16 +46,32 @@ class DiskVerdict:
     mismatches: tuple[tuple[int, int], ...]
 
 
-def verify_head(fs: FileSystem, layout: Layout, progress: Progress = silent) -> list[DiskVerdict]:
-    """Check every disk of the head. Raises StorageError if something cannot be read at all."""
+def verify_head(
+    fs: FileSystem,
+    layout: Layout,
+    progress: Progress = silent,
+    *,
+    pace: Pace | None = None,
+    marks: Sequence[DiskMark] = (),
+    note: Callable[[DiskMark], None] = lambda _mark: None,
+) -> list[DiskVerdict]:
+    """Check every disk of the head, or what `marks` leave of it. `note` is told how far it is.
+
+    Raises StorageError if something cannot be read at all, BusyError if a commit was cut and nobody finishes it.
+    """
     head_format = read_identity(fs, layout).head_format
-    head = documents.load(fs, layout.state, StoreState).head
+    head = load_state(fs, layout).head
     total = sum(entry.disk.size_bytes for entry in head.disks)
+    known = {mark.disk: mark for mark in marks}
+    pace = pace or Pace()
     verdicts: list[DiskVerdict] = []
     done = 0
     for entry in head.disks:
-        with _Checker(fs, layout, head_format, entry.disk) as checker:
-            verdicts.append(checker.run(_from(progress, done, total)))
+        mark = known.get(entry.disk, DiskMark(entry.disk))
+        if not mark.done:
+            with _Checker(fs, layout, head_format, entry.disk) as checker:
+                mark = checker.run(mark, pace, note, _from(progress, done, total))
+        verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found))
         done += entry.disk.size_bytes
     return verdicts
 
@@ -81,30 +102,43 @@ class _Checker:
         self._image.close()
         self._tree_file.close()
 
-    def run(self, progress: Callable[[int], None]) -> DiskVerdict:
-        disk = self._disk
+    def run(
+        self, mark: DiskMark, pace: Pace, note: Callable[[DiskMark], None], progress: Callable[[int], None]
+    ) -> DiskMark:
+        disk, leaf = self._disk, self._disk.leaf_bytes
         self._image.drop_cache()  # what counts is what the device gives back
-        suspects: list[int] = []
-        checked = 0
-        for offset, length in _windows(disk, self._ranges()):
-            first = offset // disk.leaf_bytes
-            suspects += (first + self._differing(offset, length)).tolist()
-            checked += length
-            progress(offset + length)
-        mismatches = self._confirm(suspects)
+        for offset, length in _windows(disk, self._ranges(mark.position), mark.position):
+            first = offset // leaf
+            suspects = (first + self.differing(offset, length)).tolist()
+            end = offset + length
+            found = outside(mark.found, mark.position, end)
+            found += self._confirm(suspects) if suspects else []
+            mark = msgspec.structs.replace(
+                mark, position=end, checked_bytes=mark.checked_bytes + length, found=bounded(found)
+            )
+            note(mark)
+            progress(end)
+            pace.take(length)
+        found = outside(
+            mark.found, mark.position, disk.size_bytes
+        )  # what is behind it is zero in image and tree by now
+        if not found and not self._tree_is_whole():
+            found = [(0, disk.size_bytes)]
+        mark = msgspec.structs.replace(mark, position=disk.size_bytes, found=bounded(found), done=True)
+        note(mark)
         progress(disk.size_bytes)
-        return DiskVerdict(disk, checked, mismatches)
+        return mark
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
+    def _ranges(self, start: int) -> Iterator[tuple[int, int]]:
         """Where image or tree are not zero, in bytes, window by window."""
-        return _merged(self._image.allocated(0, self._disk.size_bytes), self._tree_ranges())
+        return _merged(self._image.allocated(start, self._disk.size_bytes), self._tree_ranges())
 
     def _tree_ranges(self) -> Iterator[tuple[int, int]]:
         leaf = self._disk.leaf_bytes
         for first, stop in self._tree.stored_leaves(self._disk.count_leaves):
             yield first * leaf, min(stop * leaf, self._disk.size_bytes)
 
-    def _differing(self, offset: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def differing(self, offset: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Indices, counted from the window's first leaf, of the leaves that are not what the tree says."""
         leaf = self._disk.leaf_bytes
         buffer = memoryview(bytearray(length))
@@ -113,29 +147,32 @@ class _Checker:
         stored = self._tree.leaves(offset // leaf, len(found))
         return np.flatnonzero((found != stored).any(axis=1))
 
-    def _confirm(self, suspects: list[int]) -> tuple[tuple[int, int], ...]:
+    def _confirm(self, suspects: list[int]) -> list[tuple[int, int]]:
         """Look again while no commit can be in the way. BusyError if one was cut and nobody finishes it."""
         disk, leaf = self._disk, self._disk.leaf_bytes
         wrong: list[tuple[int, int]] = []
         with self._settled() as state:
             committed = state.head.disk(disk.id)
             if committed is None or committed.disk != disk:
-                return ()  # removed or resized meanwhile: what was read is not what is to be checked
+                return []  # removed or resized meanwhile: what was read is not what is to be checked
             for index in suspects:
                 offset = index * leaf
                 length = min(leaf, disk.size_bytes - offset)
-                if len(self._differing(offset, length)):
+                if len(self.differing(offset, length)):
                     wrong.append((offset, length))
-            if not wrong and not self._tree_fits(committed):
-                wrong.append((0, disk.size_bytes))
-        return tuple(_joined(wrong))
+        return wrong
+
+    def _tree_is_whole(self) -> bool:
+        with self._settled() as state:
+            committed = state.head.disk(self._disk.id)
+            return committed is None or committed.disk != self._disk or self._tree_fits(committed)
 
     @contextmanager
     def _settled(self) -> Iterator[StoreState]:
         """Hold the head still, between two commits."""
         for _ in range(SETTLE_TRIES):
             with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
-                state = documents.load(self._fs, self._layout.state, StoreState)
+                state = load_state(self._fs, self._layout)
                 if state.applying is None:
                     yield state
                     return
@@ -156,9 +193,9 @@ class _Checker:
         return update.root(self._disk.size_bytes) == committed.root
 
 
-def _windows(disk: Disk, ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(offset, length) of leaf-aligned windows that cover the ranges, each once."""
-    leaf, reached = disk.leaf_bytes, 0
+def _windows(disk: Disk, ranges: Iterator[tuple[int, int]], reached: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of leaf-aligned windows that cover the ranges from `reached` on, each once."""
+    leaf = disk.leaf_bytes
     for start, stop in ranges:
         begin = max(reached, start // leaf * leaf)
         end = min(-(-stop // leaf) * leaf, disk.size_bytes)
@@ -170,13 +207,3 @@ def _windows(disk: Disk, ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[in
 def _merged(a: Iterator[tuple[int, int]], b: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Two ascending streams of ranges as one; ranges may overlap afterwards."""
     return heapq.merge(a, b)
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for offset, length in ranges:
-        if joined and sum(joined[-1]) == offset:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
-        else:
-            joined.append((offset, length))
-    return joined

@@ -206,6 +206,34 @@ class _StillSnapshot:
         """Nothing was frozen."""
 
 
+class Running:
+    """No instant at all: images of a machine that goes on. What is read of them can be a part of a copy, no point."""
+
+    consistency = Consistency.CRASH
+
+    def __init__(self, images: Mapping[str, Path]) -> None:
+        self.paths = dict(images)
+        self.frozen_at_ns = time.time_ns()
+
+    def dirty(self, disk: str) -> DirtyBitmap | None:
+        return None
+
+    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+        """Whatever is there is read."""
+
+    def check(self) -> None:
+        """Nothing is promised."""
+
+    def finish(self) -> None:
+        """Nothing is promised."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was frozen."""
+
+
 class _FrozenSnapshot:
     """Between the freeze and the thaw command."""
 

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from replica.durable import File, FileSystem
 from replica.errors import FormatError
-from replica.model import DIGEST_BYTES, DeltaId, Disk, Frozen, State
+from replica.model import DIGEST_BYTES, MAX_DISK_BYTES, DeltaId, Disk, Frozen, State
 
 WINDOW_BYTES = 4 << 20
 """The unit of scanning, journalling and folding; every window starts at a multiple of it."""
@@ -53,16 +53,23 @@ _BUFFER_BYTES = 1 << 20
 _MAX_SUMMARY_BYTES = 4 << 20
 
 
-class JournalSummary(Frozen, frozen=True):
+class JournalSummary(Frozen, frozen=True, omit_defaults=True):
     """What the journal is about: known when the scan is over, hence last in the file.
 
     `fresh[i]`: the trackers of disk i start from nothing (what they held is
-    not trusted), else they change from `base` to `result`.
+    not trusted), else they change from `base` to `result`. `base_bytes[i]` is that disk's size at `base`; it may
+    be left empty where no disk has another size than before.
     """
 
     base: DeltaId
     result: State
     fresh: tuple[bool, ...]
+    base_bytes: tuple[int, ...] = ()
+
+    def before(self, index: int) -> Disk:
+        """Disk i of the result in the size that it had at `base`."""
+        disk = self.result.disks[index].disk
+        return msgspec.structs.replace(disk, size_bytes=self.base_bytes[index]) if self.base_bytes else disk
 
 
 class JournalRecord(NamedTuple):
@@ -175,8 +182,11 @@ class Journal:
             summary = msgspec.json.decode(self._file.read(offset, length), type=JournalSummary)
         except (msgspec.MsgspecError, ValueError) as error:
             raise self._damaged(f"its summary is not valid ({error})") from error
-        if len(summary.fresh) != len(summary.result.disks):
+        count = len(summary.result.disks)
+        if len(summary.fresh) != count or len(summary.base_bytes) not in (0, count):
             raise self._damaged("its summary does not fit its disks")
+        if any(not 0 <= size <= MAX_DISK_BYTES for size in summary.base_bytes):
+            raise self._damaged("a disk in its summary had an impossible size")
         return offset, summary
 
     def records(self) -> Iterator[JournalRecord]:

@@ -27,8 +27,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from replica.model import DeltaId, DiskId, ReplicaId
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo
+from replica.model import DeltaId, DiskId, Epoch, ReplicaId
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    TreeQuery,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -69,6 +79,28 @@ class Receiver(Protocol):
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         """Give an incomplete delta up; nothing happens if it is not there."""
 
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        """What the source holds in consecutive leaves from `first` on, to repair damaged ones of the head with.
+
+        `digest` is BLAKE3-256 of `content`, which ends with a leaf or with the disk. FencedError, BusyError.
+        """
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        """Digests (32 bytes each) of the head's Merkle tree, range after range.
+
+        BaseMismatchError if the head is not `query.base`; BusyError while it is being rewritten.
+        """
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        """What the grains of leaves of the head are: u64 per grain, then a byte per leaf, leaf after leaf.
+
+        A grain's digest is 0 where it is all zero, else XXH3-64 under the secret with 0 made 1 (little-endian). The
+        byte is 1 where the leaf is what the tree says, 0 where it is damaged: its grains are then not known.
+        ProtocolError for more than `wire.MAX_GRAIN_BYTES`; else raises what `nodes` raises.
+        """
+
     def abort(self) -> None:
         """From any thread: break off the call that another one is in, which raises TransportError.
 
@@ -89,6 +121,9 @@ class PointSource(Protocol):
         self, replica_id: ReplicaId, point: int, disk_id: DiskId, offset: int = 0, length: int | None = None
     ) -> Iterator[bytes]:
         """A disk's bytes at a point, piece by piece, in bounded memory."""
+
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        """The signed receipt of a point, byte for byte. PointGoneError: no such point, or none was issued yet."""
 
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         """`count` Merkle digests (32 bytes each) of the head, from node `first` of `level`; level 0 is the leaves."""

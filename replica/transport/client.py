@@ -15,11 +15,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from replica.model import DeltaId, DiskId, Frozen, ReplicaId
+from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
 from replica.transport import wire
 from replica.transport.connection import ANSWER_SECONDS, Connection
 from replica.transport.tls import TlsFiles
-from replica.transport.wire import Adopt, Begin, Begun, Enrol, PointSummary, ReplicaInfo
+from replica.transport.wire import (
+    Adopt,
+    Begin,
+    Begun,
+    Enrol,
+    GrainQuery,
+    PointSummary,
+    ReplicaInfo,
+    StillDamaged,
+    TreeQuery,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -87,6 +97,20 @@ class HttpReceiver:
     def discard(self, replica_id: ReplicaId, delta_id: DeltaId) -> None:
         self._connection.exchange("DELETE", _delta(replica_id, delta_id))
 
+    def repair(
+        self, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, digest: bytes, content: Buffer
+    ) -> StillDamaged:
+        body = (wire.encode_frame(first, 0, digest, content), content)
+        query = f"epoch={epoch.counter}&holder={epoch.holder}"
+        path = f"/v1/replicas/{replica_id}/disks/{disk_id}/leaves/{first}?{query}"
+        return wire.decode(self._connection.exchange("PUT", path, body)[1], StillDamaged, f"the answer of {self.url}")
+
+    def nodes(self, replica_id: ReplicaId, disk_id: DiskId, query: TreeQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/tree", query)
+
+    def grains(self, replica_id: ReplicaId, disk_id: DiskId, query: GrainQuery) -> bytes:
+        return self._bytes("POST", f"/v1/replicas/{replica_id}/disks/{disk_id}/grains", query)
+
     # --- PointSource ---
 
     def points(self, replica_id: ReplicaId) -> list[PointSummary]:
@@ -107,6 +131,9 @@ class HttpReceiver:
             other.close()
             self._bytes_of_reads += other.bytes_sent
 
+    def receipt(self, replica_id: ReplicaId, point: int) -> bytes:
+        return self._connection.exchange("GET", f"/v1/replicas/{replica_id}/points/{point}/receipt")[1]
+
     def tree(self, replica_id: ReplicaId, disk_id: DiskId, level: int, first: int, count: int) -> bytes:
         query = f"level={level}&first={first}&count={count}"
         return self._connection.exchange("GET", f"/v1/replicas/{replica_id}/disks/{disk_id}/tree?{query}")[1]
@@ -115,6 +142,10 @@ class HttpReceiver:
         body = () if document is None else (wire.encode(document),)
         headers = {} if document is None else {"Content-Type": wire.DOCUMENT_TYPE}
         return wire.decode(self._connection.exchange(method, path, body, headers)[1], kind, f"the answer of {self.url}")
+
+    def _bytes(self, method: str, path: str, document: Frozen) -> bytes:
+        body = (wire.encode(document),)
+        return self._connection.exchange(method, path, body, {"Content-Type": wire.DOCUMENT_TYPE})[1]
 
 
 def _delta(replica_id: ReplicaId, delta_id: DeltaId) -> str:

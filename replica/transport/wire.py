@@ -33,7 +33,7 @@ import blake3
 import msgspec
 
 from replica.errors import BY_CODE, BaseMismatchError, ProtocolError, ReplicaError, TransportError
-from replica.model import DIGEST_BYTES, DeltaId, Epoch, Frozen, KeyId, ReplicaId, State, check_name
+from replica.model import DIGEST_BYTES, DamagedLeaves, DeltaId, Epoch, Frozen, KeyId, ReplicaId, State, check_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -49,6 +49,12 @@ MAX_RESPONSE_BYTES = 16 << 20
 MAX_FILE_HEADER_BYTES = 4096
 MAX_WAIT_SECONDS = 60
 MAX_TREE_NODES = 1 << 16
+MAX_DAMAGED_LEAVES = 4096
+MAX_RANGES = 2048
+"""Ranges of nodes or leaves in one question: about half of what a document may have."""
+MAX_GRAIN_BYTES = 64 << 20
+"""What one question about grains may make the receiver read."""
+SECRET_BYTES = 192
 KEY_BYTES = 32
 
 TAIL_NUMBER = 0xFFFFFFFF
@@ -78,6 +84,9 @@ class ReplicaInfo(Frozen, frozen=True):
     `applying` is the delta whose commit is under way (asked for, not yet
     done); `receiving` the one that is open for segments. `stopped` says why
     the replica takes nothing at present; everything it has is kept.
+    `damaged` are leaves of the head that rotted (at most `MAX_DAMAGED_LEAVES`
+    at a time): the sender sends what the source has in them. `receipt`
+    is the head's (docs/FORMAT.md), null in lists and while there is none.
     """
 
     replica_id: ReplicaId
@@ -88,6 +97,14 @@ class ReplicaInfo(Frozen, frozen=True):
     applying: DeltaId | None = None
     receiving: DeltaId | None = None
     stopped: Problem | None = None
+    damaged: tuple[DamagedLeaves, ...] = ()
+    receipt: bytes | None = None
+
+
+class StillDamaged(Frozen, frozen=True):
+    """The leaves among those just sent whose content was not what they had held."""
+
+    leaves: tuple[DamagedLeaves, ...]
 
 
 class Enrol(Frozen, frozen=True):
@@ -130,6 +147,50 @@ class Begun(Frozen, frozen=True):
     """Which segments are at the receiver already: half-open ranges of numbers, ascending."""
 
     received: list[tuple[int, int]]
+
+
+class TreeQuery(Frozen, frozen=True):
+    """Digests of the Merkle tree of the head that `base` made: nodes of `level` (0 the leaves), by ranges.
+
+    A range is (first, count); they ascend and do not overlap, here and below.
+    """
+
+    base: DeltaId
+    level: int
+    ranges: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        _check_ranges(self.ranges, MAX_TREE_NODES)
+
+
+class GrainQuery(Frozen, frozen=True):
+    """Digests of the grains of some leaves of the head that `base` made, keyed with the asking tracker's secret.
+
+    The secret tells nobody anything of the disk; with it, content that collides could be constructed. It travels to
+    the site that holds the content anyway, and is kept there no longer than the answer takes.
+    """
+
+    base: DeltaId
+    secret: bytes
+    ranges: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != SECRET_BYTES:
+            raise ValueError(f"a tracker's secret has {SECRET_BYTES} bytes")
+        _check_ranges(self.ranges, MAX_TREE_NODES)
+
+    def __repr__(self) -> str:
+        return f"GrainQuery(base={self.base}, secret=…, ranges={self.ranges})"
+
+
+def _check_ranges(ranges: list[tuple[int, int]], limit: int) -> None:
+    reached = 0
+    for first, count in ranges:
+        if first < reached or count < 1:
+            raise ValueError("ranges are (first, count), ascending and not empty")
+        reached = first + count
+    if not 1 <= len(ranges) <= MAX_RANGES or sum(count for _, count in ranges) > limit or reached > 1 << 32:
+        raise ValueError(f"1 to {MAX_RANGES} ranges of at most {limit} together can be asked for")
 
 
 class PointSummary(Frozen, frozen=True):

@@ -25,7 +25,7 @@ from replica.primary.cycle import SyncResult
 from replica.primary.runner import Outcome
 from replica.transport import tls
 
-COMMANDS = ["pki", "points", "restore", "run", "serve", "status", "sync", "verify"]
+COMMANDS = ["lock", "pki", "points", "prune", "receipt", "restore", "run", "serve", "status", "sync", "verify"]
 REPLICA = [sys.executable, "-m", "replica"]
 
 
@@ -56,7 +56,17 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in listed if name in COMMANDS] == COMMANDS
 
 
-@pytest.mark.parametrize("command", [*COMMANDS[1:], "pki init", "pki issue"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(name for name in COMMANDS if name not in ("pki", "receipt")),
+        "pki init",
+        "pki issue",
+        "receipt show",
+        "receipt export",
+        "receipt verify",
+    ],
+)
 def test_help_of_a_command_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out

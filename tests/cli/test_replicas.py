@@ -78,7 +78,8 @@ def test_an_unknown_name_lists_what_there_is(spec: SiteSpec) -> None:
 
 def test_an_unreadable_replica_hides_no_other(spec: SiteSpec) -> None:
     web, broken = enrol(spec, "fast", "hv-1", "web-1"), enrol(spec, "fast", "hv-1", "db-1")
-    (spec.storages["fast"].path / str(broken) / "replica.toml").write_text("machine = ")
+    for name in ("replica.toml", "identity.copy"):
+        (spec.storages["fast"].path / str(broken) / name).write_text("machine = ")
     readers, unreadable = all_replicas(FS, spec)
     assert [full_name(reader) for reader in readers] == ["hv-1/web-1"]
     assert [path.name for path, _ in unreadable] == [str(broken)]

@@ -70,6 +70,8 @@ def body_of(operation: dict[str, object]) -> bytes | None:
         "Enrol": wire.Enrol("web-1", wire.KeyId(UUID(int=5)), bytes(32), epoch),
         "Adopt": wire.Adopt(epoch, UUID(int=4)),
         "Begin": wire.Begin(wire.DeltaId(UUID(int=0)), epoch, b"header"),
+        "TreeQuery": wire.TreeQuery(wire.DeltaId(UUID(int=0)), 0, [(0, 1)]),
+        "GrainQuery": wire.GrainQuery(wire.DeltaId(UUID(int=0)), bytes(192), [(0, 1)]),
     }
     return msgspec.json.encode(documents[name])
 
@@ -94,7 +96,7 @@ def test_a_stranger_is_refused_everywhere(
     server: Loopback, pki: Pki, path: str, method: str, operation: dict[str, dict[str, object]]
 ) -> None:
     body = body_of(operation)
-    if path.endswith(("commit", "segments/{number}")):
+    if path.endswith(("commit", "/{number}")):
         tail = wire.TAIL_NUMBER if path.endswith("commit") else 0
         body = wire.encode_frame(tail, 160, wire.digest_of(b"x"), b"x") + b"x"
     assert "403" in operation["responses"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+import numpy as np
 import pytest
 
+from replica import _native
 from replica.delta import DataKey
 from replica.errors import (
     BaseMismatchError,
@@ -23,7 +26,8 @@ from replica.errors import (
 )
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, DiskId, Epoch, ReplicaId, random_id
-from replica.transport.wire import Adopt, Begin, Enrol, ReplicaInfo
+from replica.receipt import check_shipped, decode_public, parse
+from replica.transport.wire import Adopt, Begin, Enrol, GrainQuery, ReplicaInfo, TreeQuery
 from tests.conformance.conftest import Both, Way
 from tests.store.small_primary import Made, SmallPrimary
 
@@ -67,7 +71,8 @@ def test_the_life_of_a_replica(way: Way) -> None:
     for _ in range(7):
         primary.scribble()
         info = sync(receiver, primary)
-    assert receiver.replicas("web-1") == [info] == [receiver.replica(primary.replica_id)]
+    assert info == receiver.replica(primary.replica_id)
+    assert receiver.replicas("web-1") == [msgspec.structs.replace(info, receipt=None)]
     points = receiver.points(primary.replica_id)
     assert [p.state.point for p in points] == [3, 4, 5, 6, 7]
     assert all(p.restorable for p in points)
@@ -282,6 +287,7 @@ def test_nobody_else_sees_or_writes_it(way: Way) -> None:
         lambda: other.points(primary.replica_id),
         lambda: list(other.read(primary.replica_id, 1, primary.ids["os"])),
         lambda: other.tree(primary.replica_id, primary.ids["os"], 0, 0, 1),
+        lambda: other.receipt(primary.replica_id, 1),
     ):
         with pytest.raises((ForbiddenError, TransportError), match="belongs to another primary|damaged on the way"):
             call()
@@ -312,6 +318,64 @@ def test_the_tree_of_the_head_is_the_one_the_primary_would_compute(way: Way) -> 
         receiver.tree(primary.replica_id, primary.ids["os"], 4, 0, 2)
     with pytest.raises(UnknownMachineError):
         receiver.tree(primary.replica_id, DiskId(random_id()), 0, 0, 1)
+
+
+def test_what_a_tracker_is_rebuilt_from(way: Way) -> None:
+    """Nodes and keyed grain digests of the head by ranges; of no other head, and not more than is allowed."""
+    receiver, primary = way.connect("hv-1"), way.primary({"os": 9_000_001})
+    receiver.enrol(primary.replica_id, enrolment(primary))
+    primary.scribble(count=40)
+    head = sync(receiver, primary).head
+    disk = head.disks[0].disk
+    ranges = [(0, 3), (100, 50), (549, 1)]
+    nodes = receiver.nodes(primary.replica_id, disk.id, TreeQuery(head.delta_id, 0, ranges))
+    assert nodes == b"".join(receiver.tree(primary.replica_id, disk.id, 0, *one) for one in ranges)
+    secret = bytes(range(192))
+    answer = receiver.grains(primary.replica_id, disk.id, GrainQuery(head.delta_id, secret, ranges))
+    padded = np.zeros(disk.count_leaves * disk.leaf_bytes, np.uint8)
+    padded[: disk.size_bytes] = np.frombuffer(bytes(primary.content["os"]), np.uint8)
+    expected, dirty = np.zeros(disk.count_leaves * 4, "<u8"), np.zeros(disk.count_leaves * 4, np.uint8)
+    _native.scan(padded, disk.grain_bytes, secret, None, expected, dirty)
+    rows = [expected[first * 4 : (first + count) * 4] for first, count in ranges]
+    assert answer == np.concatenate(rows).tobytes() + bytes([1]) * 54
+    with pytest.raises(BaseMismatchError) as caught:
+        receiver.grains(primary.replica_id, disk.id, GrainQuery(DeltaId(random_id()), secret, ranges))
+    assert caught.value.head == head.delta_id
+    with pytest.raises(ProtocolError, match="has 550 leaves"):
+        receiver.grains(primary.replica_id, disk.id, GrainQuery(head.delta_id, secret, [(549, 2)]))
+    with pytest.raises(ProtocolError, match="4096 can be"):
+        receiver.grains(primary.replica_id, disk.id, GrainQuery(head.delta_id, secret, [(0, 4097)]))
+    with pytest.raises(ProtocolError):
+        receiver.nodes(primary.replica_id, disk.id, TreeQuery(head.delta_id, 5, [(0, 1)]))
+    with pytest.raises(UnknownMachineError):
+        receiver.nodes(primary.replica_id, DiskId(random_id()), TreeQuery(head.delta_id, 0, [(0, 1)]))
+    with pytest.raises(ForbiddenError):
+        way.connect("hv-2").nodes(primary.replica_id, disk.id, TreeQuery(head.delta_id, 0, [(0, 1)]))
+    for wrong in ([(1, 1), (0, 1)], [(0, 2), (1, 1)], [(0, 0)], [], [(i, 1) for i in range(0, 5000, 2)], [(0, 70000)]):
+        with pytest.raises(ValueError, match="range"):
+            TreeQuery(head.delta_id, 0, wrong)
+
+
+def test_a_point_has_a_receipt_and_a_commit_is_answered_with_it(way: Way) -> None:
+    receiver, primary = way.connect("hv-1"), way.primary()
+    assert receiver.enrol(primary.replica_id, enrolment(primary)).receipt is None
+    key = None
+    for point in (1, 2):
+        primary.scribble()
+        made = primary.make()
+        begin(receiver, primary, made)
+        for number, offset, digest, blob in made.segments:
+            receiver.put_segment(primary.replica_id, made.delta_id, number, offset, digest, blob)
+        data = commit(receiver, primary, made).receipt
+        primary.acknowledge(made)
+        assert data is not None
+        assert receiver.receipt(primary.replica_id, point) == data == receiver.replica(primary.replica_id).receipt
+        key = key or decode_public((way.storage / "receipt.pub").read_bytes(), "it")
+        parse(data).verify(key)
+        check_shipped(parse(data), made.result)
+        assert [info.receipt for info in receiver.replicas()] == [None]
+    with pytest.raises(PointGoneError):
+        receiver.receipt(primary.replica_id, 3)
 
 
 def test_parts_of_a_disk(way: Way) -> None:

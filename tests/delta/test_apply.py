@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from replica.delta import MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
+from replica.delta import LOST, MemoryDelta, Segment, apply, diff, prepare, rows_of, settle, write
 from replica.delta.head import MemoryHead
-from replica.delta.prepare import LeafDamageError
-from replica.errors import BaseMismatchError, FormatError, RootMismatchError
+from replica.delta.prepare import RottenLeavesError
+from replica.errors import BaseMismatchError, FormatError, LeafDamageError, LostError, RootMismatchError
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
-from replica.model import DeltaId, Disk, DiskId, DiskState, State, random_id
+from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, DiskState, State, random_id
 from tests.laws.machines import Contents, content_of, head_of
 
 if TYPE_CHECKING:
@@ -83,11 +83,28 @@ def test_rot_in_a_leaf_that_changes_is_named(offset: int) -> None:
     delta = diff(head_of(contents, 0), head_of({OS: CONTENT, LOG: bytes(1 << 20)}, 1))
     head = watched(contents)
     head._contents[LOG.id][offset] ^= 1
-    with pytest.raises(LeafDamageError, match="log") as caught:
+    leaf = offset // 16384
+    with pytest.raises(RottenLeavesError, match=f"'log'.* 16384 bytes at {leaf * 16384} ") as caught:
         apply(head, delta)
-    assert (caught.value.disk, caught.value.length) == ("log", 16384)
-    assert caught.value.offset == offset // 16384 * 16384
+    assert caught.value.leaves == (DamagedLeaves(LOG.id, leaf, leaf + 1),)
     assert head.writes == 0
+
+
+def test_a_lost_leaf_that_becomes_zero_is_zero_in_the_tree() -> None:
+    """Neither the delta nor its inverse has data there, and the leaf changes all the same."""
+    zeros = changed(CONTENT, 16384, bytes(16384))
+    delta = diff(head_of({OS: CONTENT}, 0), head_of({OS: zeros}, 1))
+    head = watched({OS: CONTENT})
+    head._contents[OS.id][16384] ^= 1
+    parts: list[Segment] = []
+    prepare(head, delta, parts.append, rotten=[DamagedLeaves(OS.id, 1, 2)])
+    inverse = MemoryDelta(DeltaId(random_id()), delta.result, delta.base, tuple(parts))
+    assert [s.extents.tolist() for s in inverse.segments()] == [[(4, 4, LOST)]]
+    write(head, delta)
+    head._contents[OS.id][16384:32768] = bytes(16384)
+    settle(head, delta, inverse)
+    with pytest.raises(LostError):
+        write(head, inverse)
 
 
 def test_rot_in_a_leaf_of_zeros_is_named_where_part_of_it_stays() -> None:

@@ -46,6 +46,7 @@ class Lab:
         self.connect_port = self.port
         self.head = "raw"
         self.keep_last = 24
+        self.part = "4GiB"
         self.storage = root / "replicas"
         self.machines: dict[str, dict[str, object]] = {}
         self.server: subprocess.Popen[bytes] | None = None
@@ -82,6 +83,7 @@ class Lab:
             f'name = "{identity}"',
             f'state = "{state or self.state}"',
             f'keys = "{keys or self.keys}"',
+            f'part = "{self.part}"',
             f'[tls]\nca = "{pki}/ca.crt"\ncert = "{pki}/{identity}.crt"\nkey = "{pki}/{identity}.key"',
         ]
         for name, table in self.machines.items():
@@ -103,7 +105,7 @@ class Lab:
             '[tls]\nca = "pki/ca.crt"\ncert = "pki/dr-1.crt"\nkey = "pki/dr-1.key"\n'
             f'[[storage]]\nname = "tier1"\npath = "{self.storage}"\nhead = "{self.head}"\n'
             '[[allow]]\nprimary = "hv-*"\nstorage = "tier1"\ntrust_group = "prod"\n'
-            f"[retention]\nkeep_last = {self.keep_last}\n"
+            f"[retention]\nkeep_last = {self.keep_last}\nhourly = 0\n"
         )
         return path
 

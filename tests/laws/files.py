@@ -47,7 +47,7 @@ def encode(delta: MemoryDelta, order: list[int] | None = None, key: DataKey = KE
     for number in order or range(len(sealed)):
         entries[number] = SegmentEntry.of(sealed[number], HEADER_BYTES + len(body))
         body += sealed[number].blob
-    tail = sealer.tail([entries[n] for n in range(len(sealed))], delta.base, delta.result)
+    tail = sealer.tail([entries[n] for n in range(len(sealed))], delta.base, delta.result, lost=delta.marks_lost)
     return sealer.header + bytes(body) + tail
 
 

@@ -15,7 +15,7 @@ from replica.model import State
 from replica.primary.cycle import SyncResult, sync_machine
 from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.receiver.site import AllowSpec, Site, SiteSpec, StorageSpec
-from replica.store import ReplicaReader, replica_directories
+from replica.store import Policy, ReplicaReader, replica_directories
 from replica.transport.tls import TlsFiles
 
 TLS = TlsFiles(Path("ca"), Path("cert"), Path("key"))
@@ -68,7 +68,7 @@ class Lab:
     def open_site(self) -> Site:
         storages = {"tier1": StorageSpec(name="tier1", path=self.storage, head="raw")}
         allow = [AllowSpec(primary="hv-*", storage="tier1", trust_group="prod")]
-        return Site(self.fs, SiteSpec("127.0.0.1", 0, TLS, storages, allow, 1000))
+        return Site(self.fs, SiteSpec("127.0.0.1", 0, TLS, storages, allow, Policy(keep_last=1000)))
 
     def restart_site(self) -> None:
         self.site.close()

@@ -12,6 +12,7 @@ from replica.durable import FileSystem
 from replica.model import DeltaId, Epoch, ReplicaId, State, random_id
 from replica.receiver.session import Session
 from replica.receiver.site import AllowSpec, Site, SiteSpec, StorageSpec
+from replica.store import Policy
 from replica.transport.tls import TlsFiles
 from replica.transport.wire import Begin, Enrol, ReplicaInfo, digest_of
 from tests.receiver.loopback import Pki
@@ -33,7 +34,7 @@ class World:
             NO_TLS,
             {"tier1": StorageSpec("tier1", Path("/t1")), "tier2": StorageSpec("tier2", Path("/t2"), "vhd")},
             [AllowSpec("hv-*", "tier1", "prod"), AllowSpec("lab-*", "tier2", "lab")],
-            keep_last=3,
+            retention=Policy(keep_last=3, hourly=0),
         )
     )
 

@@ -11,6 +11,7 @@ from typing import Self
 
 from replica.receiver.server import serve_until
 from replica.receiver.site import AllowSpec, Site, SiteSpec, StorageSpec
+from replica.store import Policy
 from replica.transport import pki
 from replica.transport.client import HttpReceiver
 from replica.transport.tls import TlsFiles
@@ -36,7 +37,7 @@ def site_spec(storage: Path, tls: TlsFiles, *, keep_last: int = 24) -> SiteSpec:
         tls=tls,
         storages={"tier1": StorageSpec("tier1", storage)},
         allow=[AllowSpec("hv-*", "tier1", "prod")],
-        keep_last=keep_last,
+        retention=Policy(keep_last=keep_last, hourly=0),
     )
 
 

@@ -25,8 +25,22 @@ from replica.errors import (
     ProtocolError,
     ReplicaError,
 )
-from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, Epoch, KeyId, ReplicaId, State, random_id
-from replica.store import Identity, PointInfo
+from replica.model import (
+    Consistency,
+    DamagedLeaves,
+    DeltaId,
+    Disk,
+    DiskId,
+    DiskState,
+    Epoch,
+    KeyId,
+    ReplicaId,
+    State,
+    random_id,
+)
+from replica.receipt import SignedReceipt
+from replica.store import Identity, PointInfo, Policy, Rotated
+from replica.store.space import Space, SpaceLimits, judge
 
 DISK = Disk(DiskId(UUID(int=7)), "os", 3 << 20)
 
@@ -59,6 +73,7 @@ class MemoryStore:
         self.receiving: DeltaId | None = None
         self.received: DeltaId | None = None
         self.stopped: ReplicaError | None = None
+        self.receipt: SignedReceipt | None = None
         self.segments: dict[int, bytes] = {}
         self.states: list[State] = []
         self.tail = b""
@@ -68,6 +83,13 @@ class MemoryStore:
         self.commits = 0
         self.closed = False
         self.received_bytes = 0
+        self.damaged: tuple[DamagedLeaves, ...] = ()
+
+    def repair(self, disk_id: DiskId, first: int, epoch: Epoch, content: memoryview) -> tuple[DamagedLeaves, ...]:
+        if epoch != self.epoch:
+            raise FencedError("another sender took it over", hint="stop one")
+        left, self.damaged = self.damaged, ()
+        return left[1:]
 
     def has_key(self, key: DataKey) -> bool:
         return (key.id, key.secret) == (self.key.id, self.key.secret)
@@ -102,7 +124,7 @@ class MemoryStore:
             raise ProtocolError("not open")
         self.tail = tail
 
-    def commit(self, delta_id: DeltaId) -> State:
+    def commit(self, delta_id: DeltaId, *, reserve_bytes: int = 0) -> State:
         if self.head.delta_id == delta_id:
             return self.head
         self.commits += 1
@@ -120,9 +142,12 @@ class MemoryStore:
         if self.receiving == delta_id:
             self.receiving = None
 
-    def rotate(self, keep_last: int) -> list[int]:
-        dropped, self.states = self.states[:-keep_last], self.states[-keep_last:]
-        return [state.point for state in dropped]
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        dropped, self.states = self.states[: -policy.keep_last], self.states[-policy.keep_last :]
+        return Rotated(tuple(state.point for state in dropped))
+
+    def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+        return Rotated()
 
     def close(self) -> None:
         self.closed = True
@@ -184,6 +209,9 @@ class MemoryReader:
                 return MemoryPoint(state, self._stores)
         raise PointGoneError(f"no point {number}")
 
+    def receipt(self, number: int) -> bytes:
+        raise PointGoneError(f"no receipt of point {number}")
+
 
 class MemoryStores:
     """All replicas of a site. `broken[id]` is raised when that one is opened or read."""
@@ -194,6 +222,7 @@ class MemoryStores:
         self.locked: dict[ReplicaId, ReplicaError] = {}
         self.open_points = 0
         self.damage_at: int | None = None
+        self.free_bytes = 1 << 39
 
     def __iter__(self) -> Iterator[MemoryStore]:
         return iter(self.all.values())
@@ -218,10 +247,29 @@ class MemoryStores:
             raise self.broken[replica_id]
         return MemoryReader(self.all[replica_id], self)
 
+    def space(self, directory: Path, limits: SpaceLimits) -> Space:
+        return judge(self.free_bytes, 1 << 40, limits)
+
     def tree(self, directory: Path, disk: Disk, level: int, first: int, count: int) -> bytes:
         if first + count > 256 ** (4 - level):
             raise ProtocolError("outside")
         return b"".join(bytes([level]) + index.to_bytes(31, "little") for index in range(first, first + count))
+
+    def nodes(
+        self, directory: Path, base: DeltaId, disk_id: DiskId, level: int, ranges: list[tuple[int, int]]
+    ) -> bytes:
+        return b"".join(self.tree(directory, DISK, level, first, count) for first, count in ranges)
+
+    def grains(
+        self,
+        directory: Path,
+        base: DeltaId,
+        disk_id: DiskId,
+        secret: bytes,
+        ranges: list[tuple[int, int]],
+        limit_bytes: int,
+    ) -> bytes:
+        return b"".join(bytes(DISK.grains_per_leaf * 8 * count) for _, count in ranges)
 
 
 def new_key() -> DataKey:

@@ -10,6 +10,7 @@ import pytest
 
 from replica.errors import BaseMismatchError, BusyError, RootMismatchError, StorageFullError, TransportError
 from replica.model import DeltaId, random_id
+from replica.store import Policy, Rotated
 from replica.transport.wire import Adopt, Begin
 from tests.receiver.conftest import Primary, World
 from tests.receiver.memory_stores import tail_of
@@ -39,7 +40,7 @@ def test_points_beyond_keep_last_are_rotated_out_with_the_commit(primary: Primar
 
 
 def test_a_rotation_that_fails_fails_no_commit(primary: Primary, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rotate(keep_last: int) -> list[int]:
+    def rotate(_policy: Policy) -> Rotated:
         raise BusyError("a reader has it")
 
     monkeypatch.setattr(primary.store, "rotate", rotate)

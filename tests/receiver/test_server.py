@@ -394,7 +394,7 @@ def test_one_body_may_carry_several_segments(receiver: Receiver) -> None:
     path = f"/v1/replicas/{receiver.id}/deltas/{delta_id}/segments/3"
     assert receiver.ask("PUT", path, body).status == 204
     assert receiver.store.segments == {3: b"three", 4: b"four"}
-    assert problem_of(receiver.ask("PUT", path.replace("/3", "/2"), body)).status == 400
+    assert problem_of(receiver.ask("PUT", path.replace("segments/3", "segments/2"), body)).status == 400
 
 
 def test_a_bad_segment_in_a_body_stops_those_before_it_too(receiver: Receiver) -> None:

@@ -321,7 +321,7 @@ def test_an_enrolment_beside_an_unreadable_replica_is_logged(
 def test_a_commit_taken_up_at_the_start_rotates_as_well(
     world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(world.spec.keep_last):
+    for _ in range(world.spec.retention.keep_last):
         primary.cycle()
     state = primary.begin()
     monkeypatch.setattr(MemoryStore, "finish", lambda *_: None)

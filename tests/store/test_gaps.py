@@ -194,3 +194,17 @@ def test_a_disk_that_the_storage_cannot_hold_is_refused_in_time(
     else:
         assert head_format == "raw", "a file system that holds such files"
     assert not [name for name in fs.list_names(store.directory / "head") if name.startswith(".")]
+
+
+def test_what_a_killed_writer_had_not_named_goes_at_the_next_start(fs: FileSystem, tmp_path: Path) -> None:
+    """Its own temporary files go; one that another process may just be writing stays."""
+    primary = SmallPrimary({"os": SIZE}, seed=3)
+    store = primary.enrol(fs, tmp_path)
+    primary.sync(store)
+    store.close()
+    own = ("points/.x.tmp", "head/.0a.probe", ".state.0a.tmp", ".replica.toml.0a.tmp")
+    for name in (*own, ".marks.0a.tmp"):
+        (store.directory / name).touch()
+    ReplicaStore.open(fs, store.directory).close()
+    assert [name for name in own if (store.directory / name).exists()] == []
+    assert (store.directory / ".marks.0a.tmp").exists()

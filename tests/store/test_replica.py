@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from replica import documents
 from replica.durable import File, FileSystem
 from replica.errors import (
     BaseMismatchError,
@@ -27,7 +26,8 @@ from replica.errors import (
     TargetExistsError,
 )
 from replica.model import DeltaId, DiskId, Epoch, random_id
-from replica.store import Layout, ReplicaReader, ReplicaStore, StoreState, restore_point
+from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, restore_point
+from replica.store.layout import load_state, save_state
 from tests.store.small_primary import SmallPrimary
 
 SIZES = {"os": 3_000_001, "data": 9_437_184}
@@ -61,13 +61,13 @@ def test_points_restore_exactly_and_rotate(fs: FileSystem, tmp_path: Path, head_
         primary.sync(store)
     primary.sync(store)  # nothing changed: a point all the same
     check_points(fs, store.directory, primary, [1, 2, 3, 4, 5, 6, 7])
-    assert store.rotate(3) == [1, 2, 3, 4]
-    check_points(fs, store.directory, primary, [5, 6, 7])
-    assert store.rotate(3) == []
+    assert list(store.rotate(Policy(keep_last=3, hourly=0)).dropped) == [1, 2, 3]
+    check_points(fs, store.directory, primary, [4, 5, 6, 7])  # 6 and 7 are equal and count as one
+    assert list(store.rotate(Policy(keep_last=3, hourly=0)).dropped) == []
     assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
     store.close()
     assert not fs.list_names(store.directory / "incoming")
-    assert len(fs.list_names(store.directory / "points")) == 2
+    assert len(fs.list_names(store.directory / "points")) == 3
 
 
 def test_disks_grow_shrink_come_and_go(fs: FileSystem, tmp_path: Path) -> None:
@@ -392,9 +392,9 @@ def test_a_pinned_point_is_not_rotated_out(fs: FileSystem, tmp_path: Path) -> No
         primary.scribble()
         primary.sync(store)
     with ReplicaReader(fs, store.directory).open_point(2):
-        assert store.rotate(1) == [1]
+        assert list(store.rotate(Policy(keep_last=1, hourly=0)).dropped) == [1]
         check_points(fs, store.directory, primary, [2, 3, 4])
-    assert store.rotate(1) == [2, 3]
+    assert list(store.rotate(Policy(keep_last=1, hourly=0)).dropped) == [2, 3]
     assert not fs.list_names(store.directory / "points")
     with pytest.raises(PointGoneError, match="4 to 4"):
         ReplicaReader(fs, store.directory).open_point(2)
@@ -432,7 +432,7 @@ def test_points_read_exactly_while_commits_go_on(fs: FileSystem, tmp_path: Path)
         primary.copies[made.result.point] = {n: bytes(d) for n, d in primary.content.items()}
         store.commit(made.delta_id)
         primary.acknowledge(made)
-        store.rotate(3)
+        store.rotate(Policy(keep_last=3, hourly=0))
     stop.set()
     for thread in threads:
         thread.join()
@@ -465,7 +465,7 @@ def test_damaged_points_are_never_silently_left_out(fs: FileSystem, tmp_path: Pa
     for _ in range(4):
         primary.scribble()
         primary.sync(store)
-    store.rotate(24)
+    store.rotate(Policy(keep_last=24, hourly=0))
     reader = ReplicaReader(fs, store.directory)
     assert len(reader.points()) == 4 and reader.damaged == []
     oldest = next(p for p in (store.directory / "points").iterdir() if p.name == str(primary.made[1].delta_id))
@@ -507,8 +507,8 @@ def test_verify_says_when_a_commit_was_cut(fs: FileSystem, tmp_path: Path, monke
     primary.scribble()
     primary.sync(store)
     layout = Layout(store.directory)
-    state = documents.load(fs, layout.state, StoreState)
-    documents.save(fs, layout.state, StoreState(state.head, state.epoch, DeltaId(random_id())))
+    state = load_state(fs, layout)
+    save_state(fs, layout, StoreState(state.head, state.epoch, DeltaId(random_id()), serial=state.serial + 1))
     monkeypatch.setattr("replica.store.verify.SETTLE_TRIES", 2)
     with pytest.raises(BusyError, match="start 'replica serve'"):
         ReplicaReader(fs, store.directory).verify()

@@ -121,7 +121,7 @@ def put_back(directory: Path, files: dict[str, tuple[int, list[tuple[int, bytes]
 
 
 def trackers(directory: Path) -> dict[str, object]:
-    files = {name: value for name, value in take(directory).items() if name.endswith(("digests", "leaves"))}
+    files = {name: value for name, value in take(directory).items() if name.endswith(("digests", "windows", "leaves"))}
     assert files
     return {name: {at: d.rstrip(b"\0") for at, d in _pages(runs)} for name, (_, runs) in files.items()}
 
@@ -132,12 +132,17 @@ def _pages(runs: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
     return [piece for piece in pieces if any(piece[1])]
 
 
+@pytest.mark.parametrize("size", [4 * W + 12345, 3 * W + 99999, 3 * W, 5 * W + 1, 4 * W + 12000])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_cut_before_every_step_converges(machine: Callable[..., Machine], tmp_path: Path, fresh: bool) -> None:
+def test_a_cut_before_every_step_converges(
+    machine: Callable[..., Machine], tmp_path: Path, fresh: bool, size: int
+) -> None:
+    """Also where the disk is grown or cut at the same time."""
     m = machine(4 * W + 12345)
     data = np.random.default_rng(1).integers(0, 256, m.disk.size_bytes, np.uint8)
     m.cycle(MemoryImage(data))
-    after = changed(2, data)
+    m.resize(size)
+    after = np.resize(changed(2, data), size)
     _, result = m.scan(MemoryImage(after), fresh=fresh)
     saved = take(m.directory)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -67,14 +68,14 @@ class Machine:
     head: State | None = None
 
     def scan(
-        self, image: MemoryImage, *, fresh: bool | None = None, candidates: object = None
+        self, image: MemoryImage, *, fresh: bool | None = None, candidates: object = None, audit: object = None
     ) -> tuple[list[Window | Gap], State]:
         """Scan and finish the journal; copies of the pieces, and the result."""
         tracker = HashTracker(self.fs, self.directory, self.disk, self.head)
         fresh = not tracker.known if fresh is None else fresh
         pieces: list[Window | Gap] = []
         with JournalWriter(self.fs, self.directory) as journal:
-            scan = tracker.scan(image, journal, 0, fresh=fresh, candidates=candidates)
+            scan = tracker.scan(image, journal, 0, fresh=fresh, candidates=candidates, audit=audit)
             for piece in scan:
                 if isinstance(piece, Window):
                     arrays = (a if a is None else a.copy() for a in (piece.buffer, piece.dirty, piece.zero))
@@ -83,7 +84,8 @@ class Machine:
             epoch = Epoch(1, UUID(int=7))
             states = (DiskState(self.disk, scan.root),)
             result = State(ReplicaId(UUID(int=9)), DeltaId(random_id()), 1, epoch, 5, Consistency.CRASH, states)
-            journal.finish(JournalSummary(self.head.delta_id if self.head else EMPTY_DELTA_ID, result, (fresh,)))
+            base = self.head.delta_id if self.head else EMPTY_DELTA_ID
+            journal.finish(JournalSummary(base, result, (fresh,), (tracker.base_bytes,)))
         return pieces, result
 
     def fold(self) -> None:
@@ -92,6 +94,9 @@ class Machine:
             journal.accept()
             fold(self.fs, self.directory, journal)
             journal.remove()
+
+    def resize(self, size_bytes: int) -> None:
+        self.disk = msgspec.structs.replace(self.disk, size_bytes=size_bytes)
 
     def cycle(self, image: MemoryImage, **options: object) -> tuple[list[Window | Gap], State]:
         found = self.scan(image, **options)  # type: ignore[arg-type]

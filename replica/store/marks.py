@@ -1,0 +1,165 @@
+"""Marks: point locks and the observed time of one replica, in one small document that several processes write.
+
+`marks/retention` is replaced atomically under the kernel lock `marks.lock`. Whoever removes points holds that lock from
+reading the document to the last unlink, so that a lock is either seen by a removal or finds its point already gone;
+setting one never waits for `serve`.
+
+Nothing here can be shortened: a lock's date only ever moves ahead, a lock ends when wall clock and observed time both
+reached its date (`clock`), and a document that is damaged or gone is no document without locks: then every point counts
+as locked until an operator has put it right. The directory is made with the document in
+it, so that a missing one shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from replica import documents
+from replica.durable import FileSystem
+from replica.errors import ConfigError, DamageError, FormatError, StorageError
+from replica.model import DeltaId, Frozen, Stamp, rfc3339
+from replica.store.clock import Observed, Reading, advance, first, read_clocks, stamp
+from replica.store.layout import Layout
+
+MAX_LOCKS = 10_000
+MAX_REASON_CHARACTERS = 500
+MAX_UNTIL_NS = 1 << 63
+SAVE_EVERY_NS = 300 * 1_000_000_000
+"""Observed time is written down that often, and with every lock; between, the boot-time clock knows it."""
+
+
+class PointLock(Frozen, frozen=True):
+    """A point that must stay. It ends when the wall clock passed `until_ns` and observed time `until_observed_ns`."""
+
+    delta_id: DeltaId
+    point: int
+    until_ns: int
+    until_observed_ns: int
+    made_at_ns: int
+    reason: str = ""
+
+    def holds(self, now: Stamp) -> bool:
+        return now.wall_ns < self.until_ns or now.observed_ns < self.until_observed_ns
+
+
+class RetentionMarks(Frozen, frozen=True):
+    """The document."""
+
+    observed: Observed
+    locks: tuple[PointLock, ...] = ()
+
+
+class Marks:
+    """One replica's marks. Thread-safe; every call looks anew."""
+
+    def __init__(self, fs: FileSystem, layout: Layout, clocks: Callable[[], Reading] = read_clocks) -> None:
+        self._fs = fs
+        self._layout = layout
+        self._clocks = clocks
+
+    def ensure(self) -> None:
+        """Make the directory with the document in it, if it is not there. Its writer does, at every start."""
+        if self._fs.exists(self._layout.marks):
+            return
+        fresh = self._layout.root / ".marks.new"
+        if self._fs.exists(fresh):
+            self._fs.remove_tree(fresh)
+        self._fs.make_directory(fresh)
+        documents.save(self._fs, fresh / self._layout.retention.name, RetentionMarks(first(self._clocks())))
+        self._fs.publish(fresh, self._layout.marks)
+
+    def load(self) -> RetentionMarks:
+        """The document. DamageError if it is damaged or gone: then nobody knows what is locked."""
+        if not self._fs.exists(self._layout.marks):
+            return RetentionMarks(first(self._clocks()))
+        try:
+            return documents.load(self._fs, self._layout.retention, RetentionMarks)
+        except FormatError as error:
+            raise self._damaged(str(error.message)) from error
+        except StorageError as error:
+            if self._fs.exists(self._layout.retention):
+                raise
+            raise self._damaged(f"{self._layout.retention} is gone") from error
+
+    def _damaged(self, why: str) -> DamageError:
+        return DamageError(
+            f"{why}; which points are locked is not known, so every point is kept",
+            hint=f"put {self._layout.retention} back from a backup; without one, move {self._layout.marks} away "
+            "and set the locks again: a replica without that directory has none",
+        )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While nobody sets a lock. For moments only."""
+        with self._fs.lock(self._layout.marks_lock, wait=True):
+            yield
+
+    def now(self) -> Stamp:
+        """The receiver's time; never fails. While the document is damaged observed time is 0: it ends nothing."""
+        reading = self._clocks()
+        try:
+            return stamp(self.load().observed, reading)
+        except (DamageError, StorageError):
+            return Stamp(max(0, reading.wall_ns), 0)
+
+    def keep_time(self) -> None:
+        """Write the observed time down, if that is due."""
+        with self.held():
+            marks, reading = self.load(), self._clocks()
+            since = reading.boot_ns - marks.observed.boot_ns
+            if reading.boot_id == marks.observed.boot_id and 0 <= since < SAVE_EVERY_NS:
+                return
+            self._save(marks, reading, marks.locks)
+
+    def _save(self, marks: RetentionMarks, reading: Reading, locks: tuple[PointLock, ...]) -> None:
+        documents.save(self._fs, self._layout.retention, RetentionMarks(advance(marks.observed, reading), locks))
+
+    def locked(self, now: Stamp) -> Mapping[DeltaId, str]:
+        """The points that a lock holds now, and how to say so. DamageError: treat every point as locked."""
+        return {mark.delta_id: describe(mark) for mark in self.load().locks if mark.holds(now)}
+
+    def lock(self, delta_id: DeltaId, point: int, until_ns: int, reason: str = "") -> PointLock:
+        """Lock a point, or move its lock's date ahead. The caller has a pin on it, so that it stays meanwhile.
+
+        ConfigError: a date that is past, before the present one, or out of range.
+        """
+        self.ensure()
+        with self.held():
+            marks, reading = self.load(), self._clocks()
+            now = stamp(marks.observed, reading)
+            present = next((mark for mark in marks.locks if mark.delta_id == delta_id), None)
+            if not now.wall_ns < until_ns < MAX_UNTIL_NS:
+                raise ConfigError(f"point {point} cannot be locked until {rfc3339(until_ns)}: that is not ahead of now")
+            if present is not None and until_ns < present.until_ns:
+                raise ConfigError(
+                    f"point {point} is locked until {rfc3339(present.until_ns)}, and nobody can shorten that",
+                    hint="give a later date",
+                )
+            # As far ahead by observed time as by the wall clock, and not before the date: whichever clock is wrong.
+            observed_ns = max(until_ns, now.observed_ns + until_ns - now.wall_ns)
+            if present is not None:
+                observed_ns = max(observed_ns, present.until_observed_ns)
+                reason = reason or present.reason
+            mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason[:MAX_REASON_CHARACTERS])
+            others = tuple(m for m in marks.locks if m.delta_id != delta_id)
+            if len(others) >= MAX_LOCKS:
+                raise ConfigError(f"{MAX_LOCKS} points are locked already")
+            self._save(marks, reading, (*others, mark))
+            return mark
+
+    def forget(self, gone: set[DeltaId]) -> None:
+        """Holding `held`: remove the locks of points that are not there any more and that hold nothing."""
+        marks, reading = self.load(), self._clocks()
+        now = stamp(marks.observed, reading)
+        left = tuple(mark for mark in marks.locks if mark.holds(now) or mark.delta_id not in gone)
+        if left != marks.locks:
+            self._save(marks, reading, left)
+
+
+def describe(mark: PointLock) -> str:
+    """`locked until 2027-01-01T00:00:00Z (audit)`."""
+    return f"locked until {rfc3339(mark.until_ns)}" + (f" ({mark.reason})" if mark.reason else "")
+
+
+__all__ = ["Marks", "PointLock", "RetentionMarks", "describe"]

@@ -1,0 +1,117 @@
+"""Machine files: they travel with each point, at its instant, and come back with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from primary_lab import KiB, Lab, MiB
+
+from replica.errors import ImageError, SourceBusyError, TargetExistsError, UnknownMachineError
+from replica.plan import Mode
+from replica.receiver.session import find_disk
+from replica.store import read_files, restore_point
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    (tmp_path / "lab").mkdir()
+    lab = Lab(tmp_path / "lab", {"os": MiB})
+    lab.scribble("os", 0, 64 * KiB)
+    for name, text in (("web-1.xml", b"<domain 1/>"), ("nvram", bytes(range(256)) * 500)):
+        (lab.root / name).write_bytes(text)
+    lab.machine = replace(lab.machine, files=(lab.root / "web-1.xml", lab.root / "nvram"))
+    yield lab
+    lab.site.close()
+
+
+def inside(lab: Lab, name: str) -> str:
+    return str(lab.root / name).lstrip("/")
+
+
+def restored(lab: Lab, point: int | None, to: Path) -> dict[str, bytes]:
+    with lab.reader().open_point(point) as opened:
+        paths = restore_point(lab.fs, opened, to, "raw")
+    assert set(paths) == {"os"}
+    found = [p for p in (to / "files").rglob("*") if p.is_file()]
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in found)
+    assert not [p for p in to.iterdir() if p.name.startswith(".")]
+    return {str(p.relative_to(to / "files")): p.read_bytes() for p in found}
+
+
+def test_files_travel_with_each_point(lab: Lab) -> None:
+    first = lab.sync()
+    assert set(first.roots) == {"os"}, "they are no disk of the machine"
+    (lab.root / "web-1.xml").write_bytes(b"<domain 2/>")
+    second = lab.sync()
+    assert (second.mode, second.bytes_changed) == (Mode.INCREMENTAL, 8192)
+    assert lab.sync().bytes_changed == 0
+    nvram = (lab.root / "nvram").read_bytes()
+    for point, text in ((1, b"<domain 1/>"), (2, b"<domain 2/>"), (3, b"<domain 2/>")):
+        assert restored(lab, point, lab.root / f"out{point}") == {
+            inside(lab, "web-1.xml"): text,
+            inside(lab, "nvram"): nvram,
+        }
+
+
+def test_files_come_and_go(lab: Lab) -> None:
+    machine = replace(lab.machine, files=())
+    lab.sync(machine=machine)
+    lab.sync()
+    lab.sync(machine=replace(lab.machine, files=lab.machine.files[:1]))
+    lab.sync(machine=machine)
+    with lab.reader().open_point(1) as opened:
+        assert opened.state.files is None and read_files(opened) == {}
+    for point, count in ((2, 2), (3, 1)):
+        with lab.reader().open_point(point) as opened:
+            assert len(read_files(opened)) == count
+    assert lab.head.files is None and len(lab.head.disks) == 1
+    with lab.reader().open_point(4) as opened:
+        restore_point(lab.fs, opened, lab.root / "out", "raw")
+    assert not (lab.root / "out" / "files").exists()
+
+
+def test_a_missing_file_stops_the_cycle_and_is_named(lab: Lab) -> None:
+    (lab.root / "nvram").unlink()
+    with pytest.raises(ImageError, match="machine's files.*nvram"):
+        lab.sync()
+    (lab.root / "nvram").write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(ImageError, match="machine's files.*nvram"):
+        lab.sync()
+
+
+def test_a_file_that_changes_while_the_disks_are_read_makes_no_point(lab: Lab) -> None:
+    link = lab.link()
+
+    def before(name: str, _arguments: Any) -> None:
+        if name == "put_segment":
+            (lab.root / "web-1.xml").write_bytes(b"<domain 9/>")
+
+    link.before = before
+    lab.scribble("os", 0, MiB)
+    os.truncate(lab.images["os"], 64 * MiB)
+    lab.data["os"] = lab.rng.integers(1, 256, 64 * MiB, "u1")
+    lab.images["os"].write_bytes(lab.data["os"].tobytes())
+    with pytest.raises(SourceBusyError, match="web-1.xml was written"):
+        lab.sync(link)
+
+
+def test_restoring_writes_nothing_over_what_is_there(lab: Lab) -> None:
+    lab.sync()
+    (lab.root / "out").mkdir()
+    (lab.root / "out" / "files").symlink_to(lab.root)
+    with lab.reader().open_point(1) as opened, pytest.raises(TargetExistsError, match="files"):
+        restore_point(lab.fs, opened, lab.root / "out", "raw")
+    assert [p.name for p in (lab.root / "out").iterdir()] == ["files"]
+
+
+def test_the_disk_that_holds_them_has_no_name_for_others(lab: Lab) -> None:
+    lab.sync()
+    assert find_disk(lab.head, "os").name == "os"
+    with pytest.raises(UnknownMachineError, match="it has os$"):
+        find_disk(lab.head, "machine-files")
+    assert find_disk(lab.head, str(lab.head.files)).id == lab.head.files

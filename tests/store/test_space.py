@@ -1,0 +1,75 @@
+"""Space: the decisions with a free space that the test makes up, and a commit that would not have its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from replica.durable import FileSystem
+from replica.errors import StorageFullError
+from replica.store import Policy, ReplicaReader
+from replica.store.space import DEFAULT_LIMITS, Limit, SpaceLimits, judge
+from tests.store.small_primary import SmallPrimary
+
+GIB = 1 << 30
+
+
+class Tight(FileSystem):
+    """A file system that says it has so much free."""
+
+    free = 1000 * GIB
+
+    def free_bytes(self, path: Path) -> int:
+        return self.free
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "low", "short"),
+    [
+        (11 * GIB, 100 * GIB, False, 0),
+        (9 * GIB, 100 * GIB, True, 0),
+        (GIB, 100 * GIB, True, GIB),
+        (101 * GIB, 100_000 * GIB, False, 0),
+        (99 * GIB, 100_000 * GIB, True, 0),
+        (3 * GIB, 100_000 * GIB, True, GIB),
+    ],
+)
+def test_shares_of_large_file_systems_are_bounded(free: int, total: int, low: bool, short: int) -> None:
+    space = judge(free, total, DEFAULT_LIMITS)
+    assert (space.is_low, space.short_bytes) == (low, short)
+
+
+def test_limits_by_hand() -> None:
+    space = judge(5 * GIB, 100 * GIB, SpaceLimits(warn_free=Limit(share=0.01), min_free=Limit(size_bytes=6 * GIB)))
+    assert space.is_low and space.short_bytes == GIB
+    assert not judge(0, 100 * GIB, SpaceLimits(Limit(), Limit())).is_low
+
+
+def test_a_commit_that_may_not_fit_is_refused_before_it_begins(tmp_path: Path) -> None:
+    fs = Tight()
+    primary = SmallPrimary({"os": 1_000_000})
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble(count=30)
+    made = primary.make()
+    primary.send(store, made)
+    fs.free = 500_000
+    with pytest.raises(StorageFullError, match="min_free"):
+        store.commit(made.delta_id, reserve_bytes=400_000)
+    assert store.stopped is None and store.applying is None and store.received == made.delta_id
+    fs.free = 2_000_000
+    assert store.commit(made.delta_id, reserve_bytes=400_000) == made.result
+
+
+def test_points_are_given_up_for_space_as_far_as_needed(tmp_path: Path) -> None:
+    fs = FileSystem()
+    primary = SmallPrimary({"os": 1_000_000})
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(8):
+        primary.scribble(count=4)
+        primary.sync(store)
+    policy = Policy(keep_last=8, hourly=0, min_count=2)
+    sizes = {info.state.point: info.stored_bytes for info in ReplicaReader(fs, store.directory).points()}
+    assert store.rotate(policy, shed_bytes=sizes[1] + 1).dropped == (1, 2)
+    assert store.rotate(policy, shed_bytes=10**9).dropped == (3, 4, 5, 6)
+    assert not store.rotate(policy, shed_bytes=10**9)
