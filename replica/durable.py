@@ -126,7 +126,7 @@ class File:
         """Whether the file's path still names this very file; nobody else gets its inode while it is open."""
         with _named("stat", self.path):
             try:
-                return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+                return os.path.samestat(self._calls.fstat(self._fd), self._calls.stat(self.path))
             except FileNotFoundError:
                 return False
 
@@ -400,7 +400,7 @@ class FileSystem:
     def total_bytes(self, path: Path) -> int:
         """The size of the file system that `path` lies on."""
         with _named("stat", path):
-            info = os.statvfs(path)
+            info = self._calls.statvfs(path)
         return info.f_blocks * info.f_frsize
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:

@@ -179,6 +179,12 @@ class Committer:
             for name in self._fs.list_names(directory):
                 if name.startswith(starts):
                     self._fs.unlink(directory / name)
+        for document, lock in ((layout.retention, layout.marks_lock), (layout.damage, layout.root / "damage.lock")):
+            names = [n for n in self._fs.list_names(layout.marks) if n.startswith(f".{document.name}.")]
+            if names:  # other processes write these, too: nobody does while the lock is held
+                with self._fs.lock(lock, wait=True):
+                    for name in names:
+                        self._fs.unlink(layout.marks / name)
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""

@@ -4,8 +4,8 @@ What survives a power cut, and what may be lost (the permitted faults):
 
 - The content and size of a file are durable as they were at its last successful fsync. Each later write, resize or
   hole is kept, lost or torn by itself, in any order: a later one may be there where an earlier one is not. Torn means
-  that of one write only a first or last part of it is there, cut at a multiple of 512 B or of 4 KiB; or that the
-  size grew and zeros are there instead of the data.
+  that of one write only a first or last part of it is there, cut at a multiple of 512 B or of 4 KiB; or, where the
+  file had no blocks yet, that it got them and there are zeros instead of the data.
 - The names in a directory are durable as they were at its last successful fsync. Each later creation, removal and
   rename is kept or lost by itself, in any order; a rename is atomic: the old name or the new one, never neither.
 - An fsync of a file says nothing about its name, one of a directory nothing about the content of the files in it.
@@ -297,8 +297,8 @@ class Disk:
         return state.intdigest()
 
 
-def torn(op: Op) -> Iterator[Op]:
-    """What a power cut may leave of one write, apart from all and nothing of it."""
+def torn(op: Op, durable: Content) -> Iterator[Op]:
+    """What a power cut may leave of one write, apart from all and nothing of it. `durable`: what was there before."""
     if op.kind != "write":
         return
     offset, data = op.args
@@ -311,7 +311,8 @@ def torn(op: Op) -> Iterator[Op]:
                 yield op._replace(args=(offset + first, data[first:]))
         if first < last < len(data):
             yield op._replace(args=(offset, data[:last]))
-    if any(data):
+    fresh = not any(page in durable.pages for page in range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1))
+    if fresh and any(data):
         yield op._replace(args=(offset, bytes(len(data))))
 
 
@@ -347,7 +348,7 @@ def crash_states(disk: Disk, pending: Sequence[Op], chance: random.Random, limit
     for mask in masks:
         yield choose(mask)
     for n, op in enumerate(pending):
-        for part in torn(op):
+        for part in torn(op, disk.inodes[op.ino].durable):
             yield choose(everything, {n: part})
             yield choose(0, {n: part})
 

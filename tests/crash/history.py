@@ -20,6 +20,7 @@ After a power cut the store is opened by the real code, and then
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,9 +30,11 @@ import numpy as np
 from replica.durable import FileSystem
 from replica.errors import ReplicaError
 from replica.model import DeltaId, Disk
-from replica.store import Layout, ReplicaReader, ReplicaStore
+from replica.store import Layout, Policy, ReplicaReader, ReplicaStore
+from replica.store.marks import Marks
 from replica.store.points import PointIndex
-from tests.crash.disk import ROOT, Disk as PowerDisk, Kernel, Op, crash_states, replay
+from tests.crash.disk import ROOT, Kernel, Op, crash_states, replay
+from tests.crash.disk import Disk as PowerDisk
 from tests.store.small_primary import Made, SmallPrimary
 
 STORAGE = Path(ROOT) / "storage"
@@ -132,12 +135,24 @@ class Life:
             self.store.receive(made.delta_id, number, offset, digest, blob)
 
     def rotate(self, keep_last: int) -> None:
-        """Drop the oldest points; from here on those that go are not promised any more."""
-        listed = [i.state for i in ReplicaReader(self.fs, self.directory).points()]
-        kept = {state.delta_id for state in listed[-keep_last:]}
+        """Drop and compose away; from here on the points that go are not promised any more."""
+        reader = ReplicaReader(self.fs, self.directory)
+        listed = [info.state for info in reader.points()]
+        locked = {lock.delta_id for lock in Marks(self.fs, reader.layout).load().locks}
+        kept = {state.delta_id for state in listed[-keep_last:]} | locked
         self._note(replace(self.promise, must=self.promise.must & kept))
-        self.store.rotate(keep_last)
+        policy = Policy(keep_last=keep_last, hourly=0)
+        self.store.rotate(policy, at_once=True)
+        self.store.thin(policy, at_once=True)
+        listed = [info.state for info in reader.points()]
+        assert {state.delta_id for state in listed} == kept & {state.delta_id for state in listed}
         self._note(replace(self.promise, contents={d: c for d, c in self.promise.contents.items() if d in kept}))
+
+    def lock(self) -> None:
+        """Lock the oldest point."""
+        reader = ReplicaReader(self.fs, self.directory)
+        state = reader.points()[0].state
+        Marks(self.fs, reader.layout).lock(state.delta_id, state.point, time.time_ns() + 10**18)
 
     def reopen(self) -> None:
         self.store.close()
@@ -206,6 +221,7 @@ STEPS: tuple[tuple[str, Step], ...] = (
     ("delta after it", _changed("data")),
     ("restart", Life.reopen),
     ("rotation", lambda life: life.rotate(2)),
+    ("lock", Life.lock),
     ("zeroing", _zeroed),
     ("grow", _resized("data", 6 * LEAF + 300)),
     ("shrink", _resized("os", 5 * LEAF + 200)),
@@ -213,6 +229,7 @@ STEPS: tuple[tuple[str, Step], ...] = (
     ("disk added", _added),
     ("rotation again", lambda life: life.rotate(3)),
     ("disk removed", _removed),
+    ("thinning", lambda life: life.rotate(1)),
     ("unchanged", lambda life: life.commit()),
 )
 
@@ -235,7 +252,7 @@ class History:
         seen: set[tuple[int, int]] = set()
         chance = random.Random(seed)
         promise: Promise | None = None
-        names = dict((at, name) for name, at in self.steps)
+        names = {at: name for name, at in self.steps}
         name = "enrolment"
         for index, (op, disk) in enumerate(replay(self.start, self.log, without)):
             name = names.get(index, name)
@@ -277,7 +294,10 @@ def check(state: PowerDisk, promise: Promise, *, seen: set[int] | None = None) -
         _must(store.stopped is None, f"it is stopped: {store.stopped}")
         if store.received is not None:
             store.commit(store.received)
-        key = kernel.disk.digest() ^ hash(id(promise))
+        parts = (
+            kernel.disk.digest(f"{directory}/{name}") for name in ("head", "points", "incoming", "receipts", "keys")
+        )
+        key = hash((*parts, store.head.delta_id, store.epoch, id(promise)))
         if seen is not None:
             if key in seen:
                 store.close()
@@ -288,9 +308,13 @@ def check(state: PowerDisk, promise: Promise, *, seen: set[int] | None = None) -
         made = primary.sync(store)
         contents = {**promise.contents, made.delta_id: primary.sent}
         check_points(fs, directory, contents, promise.must | {made.delta_id})
+        everything = Policy(keep_last=1000, hourly=0)
+        store.rotate(everything)
+        store.thin(everything, at_once=True)
+        check_points(fs, directory, contents, (promise.must | {made.delta_id}) - _unchanged(contents))
         store.close()
         check_no_leaks(fs, directory)
-        left = [path for path in kernel.open_paths]
+        left = list(kernel.open_paths)
         _must(not left, f"files are open that nobody needs: {left}")
     except ReplicaError as error:
         raise ViolationError(f"{type(error).__name__}: {error}") from error
@@ -306,10 +330,17 @@ def _agreed(store: ReplicaStore, promise: Promise) -> TinyPrimary:
     primary = promise.primary.clone()
     if promise.pending is not None and store.head == promise.pending.result:
         primary.state, primary.sent = promise.pending.result, dict(promise.pending_content)
-    _must(store.head == primary.state, f"the head is {store.head.delta_id}, not the acknowledged {primary.state.delta_id}")
+    _must(
+        store.head == primary.state, f"the head is {store.head.delta_id}, not the acknowledged {primary.state.delta_id}"
+    )
     for name in list(primary.content):
         primary.change(name, 2)
     return primary
+
+
+def _unchanged(contents: dict[DeltaId, dict[str, bytes]]) -> set[DeltaId]:
+    """Points that are as another one: of a run of them not all stay."""
+    return {one for one, data in contents.items() if any(data == other for d, other in contents.items() if d != one)}
 
 
 def check_points(
@@ -340,6 +371,7 @@ def check_no_leaks(fs: FileSystem, directory: Path) -> None:
     state = reader.state
     index = PointIndex(fs, layout, reader._keyring)
     chain = index.chain()
+    _must(not chain.spare, f"inverses that are spare: {[link.path.name for link in chain.spare]}")
     _must(not chain.strays, f"inverses that nothing reaches: {[link.path.name for link in chain.strays]}")
     head = state.head
     expected = {
@@ -354,7 +386,6 @@ def check_no_leaks(fs: FileSystem, directory: Path) -> None:
     for name, wanted in expected.items():
         found = set(fs.list_names(directory / name))
         _must(found == wanted, f"{name}/ has {sorted(found ^ wanted)} too many or too few")
-    for name in fs.list_names(directory):
-        _must(not name.startswith("."), f"left over: {name}")
-
-
+    for name in ("", "head", "points", "incoming", "keys", "marks", "pins", "receipts"):
+        for found_name in fs.list_names(directory / name):
+            _must(not found_name.startswith("."), f"left over: {name}/{found_name}")
