@@ -58,28 +58,71 @@ class SystemCalls:
     A disk that crashes, lies or fails (`tests/crash`) is a double of this class.
     """
 
-    open = staticmethod(os.open)
-    close = staticmethod(os.close)
-    stat = staticmethod(os.stat)
-    lstat = staticmethod(os.lstat)
-    fstat = staticmethod(os.fstat)
-    statvfs = staticmethod(os.statvfs)
-    lseek = staticmethod(os.lseek)
-    preadv = staticmethod(os.preadv)
-    pwrite = staticmethod(os.pwrite)
-    ftruncate = staticmethod(os.ftruncate)
-    punch = staticmethod(_punch)
-    fsync = staticmethod(os.fsync)
-    fadvise = staticmethod(os.posix_fadvise)
-    flock = staticmethod(fcntl.flock)
-    mkdir = staticmethod(os.mkdir)
-    rmdir = staticmethod(os.rmdir)
-    listdir = staticmethod(os.listdir)
-    rename = staticmethod(os.rename)
-    link = staticmethod(os.link)
-    unlink = staticmethod(os.unlink)
-    symlink = staticmethod(os.symlink)
-    readlink = staticmethod(os.readlink)
+    def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
+        return os.open(path, flags, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def stat(self, path: Path) -> os.stat_result:
+        return os.stat(path)
+
+    def lstat(self, path: Path) -> os.stat_result:
+        return os.lstat(path)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def statvfs(self, path: Path) -> os.statvfs_result:
+        return os.statvfs(path)
+
+    def lseek(self, fd: int, offset: int, how: int) -> int:
+        return os.lseek(fd, offset, how)
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        os.ftruncate(fd, length)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        _punch(fd, offset, length)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        os.posix_fadvise(fd, offset, length, advice)
+
+    def flock(self, fd: int, how: int) -> None:
+        fcntl.flock(fd, how)
+
+    def mkdir(self, path: Path, mode: int = 0o777) -> None:
+        os.mkdir(path, mode)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def listdir(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def symlink(self, target: str, path: Path) -> None:
+        os.symlink(target, path)
+
+    def readlink(self, path: Path) -> str:
+        return os.readlink(path)
 
 
 KERNEL = SystemCalls()

@@ -445,7 +445,7 @@ class Kernel(SystemCalls):
 
     # --- the calls ---
 
-    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:  # type: ignore[override]
+    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         if self._real(path):
             return os.open(path, flags, mode)
         text = os.fspath(path)
@@ -472,7 +472,7 @@ class Kernel(SystemCalls):
             self._fds[fd] = (ino, flags, text)
             return fd
 
-    def close(self, fd: int) -> None:  # type: ignore[override]
+    def close(self, fd: int) -> None:
         if fd < _FIRST_FD:
             return os.close(fd)
         with self._changed:
@@ -482,26 +482,26 @@ class Kernel(SystemCalls):
                 self._changed.notify_all()
         return None
 
-    def stat(self, path: Any) -> os.stat_result:  # type: ignore[override]
+    def stat(self, path: Any) -> os.stat_result:
         if self._real(path):
             return os.stat(path)
         with self._changed:
             self._enter("stat", os.fspath(path))
             return self._info(self._find(os.fspath(path)))
 
-    def lstat(self, path: Any) -> os.stat_result:  # type: ignore[override]
+    def lstat(self, path: Any) -> os.stat_result:
         if self._real(path):
             return os.lstat(path)
         with self._changed:
             return self._info(self._find(os.fspath(path), follow=False))
 
-    def fstat(self, fd: int) -> os.stat_result:  # type: ignore[override]
+    def fstat(self, fd: int) -> os.stat_result:
         if fd < _FIRST_FD:
             return os.fstat(fd)
         with self._changed:
             return self._info(self._inode(fd)[0])
 
-    def statvfs(self, path: Any) -> Any:  # type: ignore[override]
+    def statvfs(self, path: Any) -> Any:
         if self._real(path):
             return os.statvfs(path)
         with self._changed:
@@ -509,7 +509,7 @@ class Kernel(SystemCalls):
             blocks = self.free_bytes // PAGE
             return os.statvfs_result((PAGE, PAGE, 1 << 28, blocks, blocks, 0, 0, 0, 0, 255))
 
-    def lseek(self, fd: int, offset: int, how: int) -> int:  # type: ignore[override]
+    def lseek(self, fd: int, offset: int, how: int) -> int:
         if fd < _FIRST_FD:
             return os.lseek(fd, offset, how)
         with self._changed:
@@ -527,7 +527,7 @@ class Kernel(SystemCalls):
                 page += 1
             return min(size, max(offset, page * PAGE))
 
-    def preadv(self, fd: int, buffers: Any, offset: int) -> int:  # type: ignore[override]
+    def preadv(self, fd: int, buffers: Any, offset: int) -> int:
         if fd < _FIRST_FD:
             return os.preadv(fd, buffers, offset)
         with self._changed:
@@ -541,7 +541,7 @@ class Kernel(SystemCalls):
                 done += len(data)
             return done
 
-    def pwrite(self, fd: int, data: Any, offset: int) -> int:  # type: ignore[override]
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
         if fd < _FIRST_FD:
             return os.pwrite(fd, data, offset)
         with self._changed:
@@ -550,7 +550,7 @@ class Kernel(SystemCalls):
             self._do(Op("write", ino, (offset, bytes(data))))
             return len(data)
 
-    def ftruncate(self, fd: int, length: int) -> None:  # type: ignore[override]
+    def ftruncate(self, fd: int, length: int) -> None:
         if fd < _FIRST_FD:
             return os.ftruncate(fd, length)
         with self._changed:
@@ -558,15 +558,15 @@ class Kernel(SystemCalls):
             self._enter("write", path)
             return self._do(Op("truncate", ino, (length,)))
 
-    def punch(self, fd: int, offset: int, length: int) -> None:  # type: ignore[override]
+    def punch(self, fd: int, offset: int, length: int) -> None:
         if fd < _FIRST_FD:
-            return SystemCalls.punch(fd, offset, length)
+            return SystemCalls().punch(fd, offset, length)
         with self._changed:
             ino, _, path = self._inode(fd)
             self._enter("write", path)
             return self._do(Op("punch", ino, (offset, length)))
 
-    def fsync(self, fd: int) -> None:  # type: ignore[override]
+    def fsync(self, fd: int) -> None:
         if fd < _FIRST_FD:
             return os.fsync(fd)
         with self._changed:
@@ -578,13 +578,13 @@ class Kernel(SystemCalls):
                 raise
             return self._do(Op("fsync", ino, (), self._label()))
 
-    def fadvise(self, fd: int, *arguments: Any) -> None:  # type: ignore[override]
+    def fadvise(self, fd: int, *arguments: Any) -> None:
         if fd < _FIRST_FD:
             return os.posix_fadvise(fd, *arguments)
         with self._changed:
             return self._do(Op("evict", self._inode(fd)[0]))
 
-    def flock(self, fd: int, how: int) -> None:  # type: ignore[override]
+    def flock(self, fd: int, how: int) -> None:
         if fd < _FIRST_FD:
             return fcntl.flock(fd, how)
         with self._changed:
@@ -607,7 +607,7 @@ class Kernel(SystemCalls):
             held[fd] = wanted
         return None
 
-    def mkdir(self, path: Any, mode: int = 0o777) -> None:  # type: ignore[override]
+    def mkdir(self, path: Any, mode: int = 0o777) -> None:
         if self._real(path):
             return os.mkdir(path, mode)
         text = os.fspath(path)
@@ -619,7 +619,7 @@ class Kernel(SystemCalls):
             self._make(parent, name, "dir", mode)
         return None
 
-    def rmdir(self, path: Any) -> None:  # type: ignore[override]
+    def rmdir(self, path: Any) -> None:
         if self._real(path):
             return os.rmdir(path)
         text = os.fspath(path)
@@ -630,7 +630,7 @@ class Kernel(SystemCalls):
             parent, name = self._parent(text)
             return self._do(Op("unlink", parent, (name,), self._label()))
 
-    def listdir(self, path: Any) -> list[str]:  # type: ignore[override]
+    def listdir(self, path: Any) -> list[str]:
         if self._real(path):
             return os.listdir(path)
         with self._changed:
@@ -640,7 +640,7 @@ class Kernel(SystemCalls):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
             return list(inode.entries)
 
-    def rename(self, source: Any, target: Any) -> None:  # type: ignore[override]
+    def rename(self, source: Any, target: Any) -> None:
         if self._real(source):
             return os.rename(source, target)
         old, new = os.fspath(source), os.fspath(target)
@@ -653,7 +653,7 @@ class Kernel(SystemCalls):
                 raise AssertionError("no file is moved between directories: that is not atomic in any order of syncs")
             return self._do(Op("rename", parent, (old_name, name, ino), self._label()))
 
-    def link(self, source: Any, target: Any) -> None:  # type: ignore[override]
+    def link(self, source: Any, target: Any) -> None:
         if self._real(source):
             return os.link(source, target)
         new = os.fspath(target)
@@ -665,7 +665,7 @@ class Kernel(SystemCalls):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
             return self._do(Op("link", parent, (name, ino)))
 
-    def unlink(self, path: Any) -> None:  # type: ignore[override]
+    def unlink(self, path: Any) -> None:
         if self._real(path):
             return os.unlink(path)
         text = os.fspath(path)
@@ -676,7 +676,7 @@ class Kernel(SystemCalls):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
             return self._do(Op("unlink", parent, (name,), self._label()))
 
-    def symlink(self, target: Any, path: Any) -> None:  # type: ignore[override]
+    def symlink(self, target: Any, path: Any) -> None:
         if self._real(path):
             return os.symlink(target, path)
         text = os.fspath(path)
@@ -688,7 +688,7 @@ class Kernel(SystemCalls):
             self._make(parent, name, "link", 0o777, os.fspath(target))
         return None
 
-    def readlink(self, path: Any) -> str:  # type: ignore[override]
+    def readlink(self, path: Any) -> str:
         if self._real(path):
             return os.readlink(path)
         with self._changed:

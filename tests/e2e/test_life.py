@@ -309,6 +309,7 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     good, bad = json.loads(done.stdout)
     assert set(good) == {
         "machine", "point", "frozen_at", "bytes_scanned", "bytes_changed", "bytes_wire", "seconds", "roots",
+        "mode", "parts", "bytes_differing",
     }  # fmt: skip
     assert bad["machine"] == "db-1"
     assert bad["error"]["exit_code"] == 4
@@ -318,7 +319,7 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     (point,) = lab.points()
     assert set(point) == {
         "point", "frozen_at", "consistency", "bytes", "roots", "restorable", "committed_at", "kept", "locked_until",
-        "reason", "receipt", "lost",
+        "reason", "receipt", "lost", "notes",
     }  # fmt: skip
     assert point["frozen_at"] == good["frozen_at"]
     assert point["frozen_at"].endswith("Z")
@@ -333,6 +334,10 @@ def test_ctrl_c_ends_a_sync_in_order(lab: Lab, tmp_path: Path) -> None:
     with Relay(lab.port) as relay:
         lab.connect_port = relay.port
         lab.machine("web-1", {"os": image}, freeze=f"echo freeze >> {log}", thaw=f"echo thaw >> {log}")
+        assert lab.sync()["point"] == 1
+        assert log.read_text().split() == ["freeze", "thaw"], "a first copy is frozen for its last delta only"
+        log.unlink()
+        image.write_bytes(random.Random(14).randbytes(20_000_000))
         relay.cut_after(3_000_000)
         process = lab.popen("sync", "web-1", "--json", "-c", lab.sender)
         while relay.cuts == 0 and process.poll() is None:
@@ -348,4 +353,4 @@ def test_ctrl_c_ends_a_sync_in_order(lab: Lab, tmp_path: Path) -> None:
         assert "interrupted" in err
         assert log.read_text().split() == ["freeze", "thaw"]
         relay.cut_after(None)
-        assert lab.sync()["point"] == 1
+        assert lab.sync()["point"] == 2

@@ -105,7 +105,8 @@ def test_connections_descriptors_and_threads_are_bounded(
         threads = threading.active_count()
         cycles, stop = Cycles(CYCLES), threading.Event()
         logger = logging.getLogger("replica.primary.runner")
-        monkeypatch.setattr(logger, "level", logging.INFO)
+        before = logger.level
+        logger.setLevel(logging.INFO)  # also forgets which levels were found to be off
         logger.addHandler(cycles)
         running = threading.Thread(target=run, args=(sender(server.url), stop))
         running.start()
@@ -115,6 +116,7 @@ def test_connections_descriptors_and_threads_are_bounded(
             stop.set()
             running.join()
             logger.removeHandler(cycles)
+            logger.setLevel(before)
         assert cycles.failures == []
         assert len(connected) <= PARALLEL
         assert comes_true(lambda: descriptors_in(spec.storages["tier1"].path) == MACHINES)
