@@ -227,7 +227,7 @@ def check_shipped(signed: SignedReceipt, state: State) -> None:
         raise RootMismatchError(
             f"the receiver's receipt of delta {signed.receipt.delta_id} is not of what was shipped as point "
             f"{state.point} (delta {state.delta_id})",
-            hint="the point is not trusted; everything is compared and shipped again",
+            hint="the point is not trusted; both sides are compared, and what differs is shipped",
         )
 
 
