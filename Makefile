@@ -3,6 +3,7 @@
 #   make install   the virtual environment with locked packages, and the native core in release mode
 #   make demo      the whole life of a replica on a real disk
 #   make test      every test            (PYTEST_ARGS="tests/test_merkle.py -x" for some of them)
+#   make explore   power cuts in random lives of a store, for SECONDS_TO_EXPLORE
 #   make lint      every static check
 #   make bench     the benchmark seed
 #   make lock      renew requirements.lock from pyproject.toml
@@ -15,6 +16,7 @@ PYTHON := $(BIN)/python
 NATIVE := replica/_native.abi3.so
 NATIVE_SOURCES := $(shell find native/src -name '*.rs') native/Cargo.toml native/Cargo.lock
 PYTEST_ARGS ?=
+SECONDS_TO_EXPLORE ?= 600
 
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 empty :=
@@ -23,7 +25,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):$(RUST):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport CONDA_PREFIX PYTHONHOME PYTHONPATH
 
-.PHONY: install system test lint demo bench lock clean
+.PHONY: install system test explore lint demo bench lock clean
 .DELETE_ON_ERROR:
 
 install: $(NATIVE)
@@ -50,6 +52,9 @@ $(NATIVE): $(NATIVE_SOURCES) pyproject.toml $(VENV)/.packages
 
 test: install
 	$(PYTHON) -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+explore: install
+	$(PYTHON) tools/explore.py --seconds $(SECONDS_TO_EXPLORE)
 
 lint: install
 	ruff check .
