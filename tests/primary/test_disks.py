@@ -295,6 +295,7 @@ Cycles = list[list[tuple[Any, ...]]]
 def play(lab: Changing, steps: list[tuple[Any, ...]]) -> int:
     """Do the steps that make sense; an upper bound of the bytes in grains that they changed."""
     changed = 0
+    largest = max(len(data) for data in lab.data.values())  # at the point before, whatever a step makes of it first
     for kind, which, *rest in steps:
         at = sorted(lab.images)
         name = at[which % len(at)] if isinstance(which, int) else which
@@ -310,7 +311,8 @@ def play(lab: Changing, steps: list[tuple[Any, ...]]) -> int:
         elif kind == "add" and name not in lab.images:
             lab.add(name, rest[0])
         elif kind == "remove" and len(lab.images) > 1:
-            changed += len(lab.data[name]) + 8192  # one added under its name at once is it, with another content
+            # One added under its name at once is it, with another content; it may have been cut before that.
+            changed += max(largest, len(lab.data[name])) + 8192
             lab.remove(name)
         elif kind == "rename" and rest[0] not in lab.images:
             lab.rename({name: rest[0]})
