@@ -119,7 +119,8 @@ def test_connections_descriptors_and_threads_are_bounded(
             logger.setLevel(before)
         assert cycles.failures == []
         assert len(connected) <= PARALLEL
-        assert comes_true(lambda: descriptors_in(spec.storages["tier1"].path) == MACHINES)
+        in_the_middle = PARALLEL * 2  # what arrived of a delta whose sender was stopped stays open, and its index
+        assert comes_true(lambda: descriptors_in(spec.storages["tier1"].path) <= MACHINES + in_the_middle)
         at_work = PARALLEL * 8  # a cycle's own few, and the commit at the other side
         assert cycles.most_threads <= threads + WORKERS + at_work
         assert comes_true(lambda: threading.active_count() <= threads + 1)
