@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_COPY_BYTES = 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -148,6 +149,14 @@ class File:
 
     def fileno(self) -> int:
         return self._fd
+
+    def stat(self) -> os.stat_result:
+        with _named("stat", self.path):
+            return self._calls.fstat(self._fd)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2), for what only it answers: the end of a device (SEEK_END), data and holes. Raises OSError."""
+        return self._calls.lseek(self._fd, offset, whence)
 
     def __enter__(self) -> Self:
         return self
@@ -281,9 +290,10 @@ class FileSystem:
         self._calls = calls
 
     def open(self, path: Path, *, write: bool = False) -> File:
-        """Open an existing file."""
+        """Open an existing file. Never waits, should it be a named pipe."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
         with _named("open", path):
-            return File(self._calls.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC), path, self._calls)
+            return File(self._calls.open(path, flags), path, self._calls)
 
     def create(self, path: Path, *, private: bool = False) -> File:
         """Create a new file for reading and writing; it must not exist. `private`: mode 0600."""
@@ -323,6 +333,14 @@ class FileSystem:
             self._calls.mkdir(path, 0o700 if private else 0o750)
         self.sync_directory(path.parent)
 
+    def settle_names(self, path: Path, levels: int) -> None:
+        """Make the name of `path` durable, and those of the directories above it, so many in all.
+
+        For what is seen and may have been made by a process that was killed before it synced the name.
+        """
+        for directory in list(path.parents)[:levels]:
+            self.sync_directory(directory)
+
     def publish(self, temporary: Path, final: Path) -> None:
         """Give a file that was written *and synced* its final name, durably. Replaces what was there."""
         with _named("rename to", final):
@@ -361,6 +379,20 @@ class FileSystem:
                 self._calls.unlink(temporary)
             raise
 
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy a file to a new name, content durable; the name is the caller's to make durable."""
+        with self.open(source) as old, self.create(target) as new:
+            size = old.size()
+            for offset in range(0, size, _COPY_BYTES):
+                new.write(offset, old.read(offset, min(_COPY_BYTES, size - offset)))
+            new.sync()
+
+    def clear_temporaries(self, directory: Path) -> None:
+        """Remove what a `replace_bytes` that was cut has left. Only while nobody else replaces files there."""
+        for name in self.list_names(directory):
+            if name.startswith(".") and name.endswith(".tmp"):
+                self.unlink(directory / name)
+
     def read_bytes(self, path: Path, limit: int) -> bytes:
         """The whole file, which may have at most `limit` bytes (StorageError otherwise)."""
         with self.open(path) as file:
@@ -376,6 +408,11 @@ class FileSystem:
             except (FileNotFoundError, NotADirectoryError):
                 return False
         return True
+
+    def stat(self, path: Path) -> os.stat_result:
+        """What the kernel says of a file; StorageError if it is not there."""
+        with _named("stat", path):
+            return self._calls.stat(path)
 
     def _is_directory(self, path: Path) -> bool:
         try:

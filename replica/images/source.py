@@ -40,7 +40,7 @@ class Source:
         self.sector_bytes = sector_bytes
         self._device = device
         with image_errors(path):
-            info = os.fstat(file.fileno())
+            info = file.stat()
         self.file_id = (info.st_dev, info.st_ino)
         """Device and inode of what is open, whatever the path names by now."""
 
@@ -51,17 +51,17 @@ class Source:
         The kind is looked at first: opening a named pipe would wait for ever.
         """
         with image_errors(path):
-            mode = path.stat().st_mode
+            mode = fs.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
             raise ImageError(f"image {path} is {kind}", hint="name the disk image itself")
         with image_errors(path):
             file = fs.open(path)
             try:
-                device = stat.S_ISBLK(os.fstat(file.fileno()).st_mode)
+                device = stat.S_ISBLK(file.stat().st_mode)
                 if not device:
                     return cls(file, path, file.size(), SECTOR_BYTES, device=False)
-                size = os.lseek(file.fileno(), 0, os.SEEK_END)
+                size = file.seek(0, os.SEEK_END)
                 (sector,) = struct.unpack("i", fcntl.ioctl(file.fileno(), _BLKSSZGET, bytes(4)))
                 return cls(file, path, size, int(sector), device=True)
             except BaseException:
@@ -94,7 +94,7 @@ class Source:
         if self._device:
             return offset
         try:
-            return os.lseek(self._file.fileno(), offset, os.SEEK_DATA)
+            return self._file.seek(offset, os.SEEK_DATA)
         except OSError as error:
             return sys.maxsize if error.errno == errno.ENXIO else offset
 
@@ -103,7 +103,7 @@ class Source:
         if self._device:
             return sys.maxsize
         try:
-            return os.lseek(self._file.fileno(), offset, os.SEEK_HOLE)
+            return self._file.seek(offset, os.SEEK_HOLE)
         except OSError:
             return sys.maxsize
 
@@ -145,10 +145,10 @@ def image_errors(path: Path) -> Iterator[None]:
     """The source belongs to the user, not to the engine's storage: its failures are ImageErrors."""
     try:
         yield
-    except FileNotFoundError as error:
-        hint = "put it back, or correct the path in the configuration"
-        raise ImageError(f"image {path} is not there", hint=hint) from error
-    except OSError as error:
-        raise ImageError(f"cannot read image {path}: {error.strerror or error}") from error
-    except StorageError as error:
-        raise ImageError(f"image: {error.message}") from error
+    except (OSError, StorageError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        if isinstance(cause, FileNotFoundError):
+            hint = "put it back, or correct the path in the configuration"
+            raise ImageError(f"image {path} is not there", hint=hint) from error
+        what = cause.strerror or cause if isinstance(cause, OSError) else error
+        raise ImageError(f"cannot read image {path}: {what}") from error

@@ -46,7 +46,7 @@ class FilesImage:
     def __init__(self, fs: FileSystem, files: Sequence[Path]) -> None:
         """Read them. ImageError (missing, too large), SourceBusyError (being written), ConfigError (a bad path)."""
         try:
-            self._still = StandStill({str(path): path for path in files})
+            self._still = StandStill(fs, {str(path): path for path in files})
         except ImageError as error:
             raise ImageError(f"one of the machine's files cannot be read: {error.message}", hint=_HINT) from error
         content = {}

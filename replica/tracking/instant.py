@@ -128,7 +128,7 @@ def freeze(fs: FileSystem, directory: Path, machine: str, images: Mapping[str, P
     Raises FreezeError (the command failed; the machine was thawed) or SourceBusyError (it does not stand still).
     """
     if spec.freeze is None:
-        return _StillSnapshot(images)
+        return _StillSnapshot(fs, images)
     thaw_marked(fs, directory, spec)
     return _FrozenSnapshot(fs, directory, machine, images, spec)
 
@@ -182,9 +182,9 @@ class _StillSnapshot:
 
     consistency = Consistency.CRASH
 
-    def __init__(self, images: Mapping[str, Path]) -> None:
+    def __init__(self, fs: FileSystem, images: Mapping[str, Path]) -> None:
         self.paths = dict(images)
-        self._proof = StandStill(images)
+        self._proof = StandStill(fs, images)
         self.frozen_at_ns = time.time_ns()
 
     def dirty(self, disk: str) -> DirtyBitmap | None:
@@ -241,7 +241,7 @@ class _FrozenSnapshot:
         self, fs: FileSystem, directory: Path, machine: str, images: Mapping[str, Path], spec: FreezeSpec
     ) -> None:
         assert spec.freeze is not None
-        self._machine, self._limit_seconds = machine, spec.limit_seconds
+        self._fs, self._machine, self._limit_seconds = fs, machine, spec.limit_seconds
         self.consistency = spec.consistency
         self._mark, self._thaw, self._environment = directory / _MARK, _argv(spec.thaw), environment_of(machine, images)
         guard = Guard()
@@ -263,7 +263,7 @@ class _FrozenSnapshot:
                 raise FreezeError(f"freezing machine {machine!r} failed: {answer.failure}")
             self.paths = snapshot_paths(images, answer.output)
             live = [path for disk, path in self.paths.items() if path == images[disk] and path.is_file()]
-            self._live = {path: take_stamp(path) for path in live}
+            self._live = {path: take_stamp(fs, path) for path in live}
             self.frozen_at_ns = time.time_ns()
         except BaseException:
             self._release()
@@ -282,7 +282,7 @@ class _FrozenSnapshot:
             raise FreezeError(f"the watchdog process of machine {self._machine!r} was killed: no point can be made")
 
     def finish(self) -> None:
-        written = [path for path, stamp in self._live.items() if take_stamp(path) != stamp]
+        written = [path for path, stamp in self._live.items() if take_stamp(self._fs, path) != stamp]
         if self._release() != "request":
             raise self._too_long()
         if written:

@@ -27,14 +27,14 @@ stamps at all and are refused.
 
 from __future__ import annotations
 
-import os
 import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from replica.errors import ImageError, SourceBusyError
+from replica.durable import FileSystem
+from replica.errors import ImageError, SourceBusyError, StorageError
 
 SETTLED_NS = 20_000_000
 WAIT_SECONDS = 4.0
@@ -66,19 +66,14 @@ class Stamp(NamedTuple):
         return max(self.mtime_ns + settling_ns(self.mtime_ns), self.ctime_ns + settling_ns(self.ctime_ns))
 
 
-def take_stamp(path: Path) -> Stamp:
+def take_stamp(fs: FileSystem, path: Path) -> Stamp:
     """The file's stamp, from a fresh open. ImageError if it is not there, SourceBusyError if a device (no stamps)."""
     try:
-        _check_kind(path, path.stat().st_mode)
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            info = os.fstat(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise ImageError(
-            f"image {path} cannot be read: {error.strerror}", hint="correct the path in the configuration"
-        ) from error
+        _check_kind(path, fs.stat(path).st_mode)  # opening a named pipe would wait for ever
+        with fs.open(path) as file:
+            info = file.stat()
+    except StorageError as error:
+        raise ImageError(f"image: {error.message}", hint="correct the path in the configuration") from error
     _check_kind(path, info.st_mode)
     return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
@@ -98,6 +93,7 @@ class StandStill:
 
     def __init__(
         self,
+        fs: FileSystem,
         paths: Mapping[str, Path],
         *,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -105,12 +101,12 @@ class StandStill:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Wait up to four seconds for stamps to settle; SourceBusyError naming the image if they do not."""
-        self._clock_ns, self._monotonic_ns = clock_ns, monotonic_ns
+        self._fs, self._clock_ns, self._monotonic_ns = fs, clock_ns, monotonic_ns
         wait_ns = int(WAIT_SECONDS * 1e9)
         deadline_ns = clock_ns() + wait_ns
         while True:
             self._clock_ahead_ns = clock_ns() - monotonic_ns()
-            self._stamps = {path: take_stamp(path) for path in paths.values()}
+            self._stamps = {path: take_stamp(fs, path) for path in paths.values()}
             self._by_disk = {disk: (path, self._stamps[path]) for disk, path in paths.items()}
             now_ns = clock_ns()
             path, settled_ns = max(((p, s.settled_at_ns) for p, s in self._stamps.items()), key=lambda item: item[1])
@@ -135,7 +131,7 @@ class StandStill:
         """Raise SourceBusyError naming the first image that changed since."""
         for path, before in self._stamps.items():
             try:
-                after: Stamp | None = take_stamp(path)
+                after: Stamp | None = take_stamp(self._fs, path)
             except ImageError:
                 after = None
             if after != before:
