@@ -91,9 +91,12 @@ class Keyring:
         if self._fs.exists(path):
             if self.get(key.id).secret != key.secret:
                 raise ConflictError(f"{path} holds another secret for the key {key.id}; it was not replaced")
-            return
-        self._fs.make_directory(self.directory, private=True)
-        documents.save(self._fs, path, key, private=True)
+            with self._fs.open(path, write=True) as file:  # who wrote it may have been killed before its sync
+                file.sync()
+        else:
+            self._fs.make_directory(self.directory, private=True)
+            documents.save(self._fs, path, key, private=True)
+        self._fs.settle_names(path, levels=3)
 
     @property
     def ids(self) -> tuple[KeyId, ...]:

@@ -115,10 +115,13 @@ class ReplicaStore:
         """
         layout = Layout(storage / str(identity.replica_id))
         fs.make_directory(layout.root)
+        fs.settle_names(layout.root, levels=1)
         lock = _take_lock(fs, layout)
         try:
             if fs.exists(layout.identity):
                 raise ConflictError(f"replica {identity.replica_id} already exists in {storage}")
+            for directory in (layout.root, layout.keys):  # what an enrolment that was cut has left
+                fs.clear_temporaries(directory)
             for directory in (layout.head, layout.incoming, layout.points, layout.pins):
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
