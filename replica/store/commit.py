@@ -26,14 +26,16 @@ Recovery, whenever a replica is opened or a commit failed in the middle:
 - Images and trees of the head that are gone are made anew, to be repaired (`repair`).
 
 What recovery relies on is synced again before it acts, because a file seen
-after a crash may so far be in the page cache only. A crash during recovery is
-a crash like any other.
+after a crash may so far be in the page cache only; the inverse gets its name
+anew, because after a sync that failed a further one says nothing. A crash during
+recovery is a crash like any other.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -159,12 +161,28 @@ class Committer:
             if not self._fs.exists(self._layout.point(applying)):
                 self._set_state(self.state.head)
             else:
+                self._name_again(self._layout.point(applying))
                 self._finish_or_undo(applying)
         make_missing(self._fs, self._layout, self.state.head, self._head_format)
         self._remove_temporary()
         if self._fs.exists(final_path(self._layout, self.state.head.delta_id)):
             self._fs.unlink(final_path(self._layout, self.state.head.delta_id))
         self._receipts.committed(self.state.head, self.state.committed)
+
+    def _name_again(self, inverse: Path) -> None:
+        """Make the name of an inverse durable that is only seen so far.
+
+        Where a sync of its directory had failed, a later one says nothing about it, and without it a crash in the
+        middle of the redo would leave a head that is half written and taken for untouched. A copy gets a name anew.
+        """
+        temporary = inverse.with_name(f".{inverse.name}.{os.urandom(4).hex()}.tmp")
+        try:
+            self._fs.copy(inverse, temporary)
+            self._fs.publish(temporary, inverse)
+        except StorageError:
+            with suppress(StorageError):
+                self._fs.unlink(temporary)
+            raise
 
     def _remove_temporary(self) -> None:
         """What a process that was killed had not named yet. In the root only what nobody but the writer writes."""

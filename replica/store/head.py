@@ -56,14 +56,17 @@ class FileHead:
 
         A disk whose size was to change is cut to the smaller of both sizes:
         below that nothing but the delta's extents was touched, and everything
-        above comes from the delta (or from its inverse) anyway.
+        above comes from the delta (or from its inverse) anyway. A disk that
+        only `other` has is made anew if it is to be: all of it comes from the
+        delta, and a sync of its name may have failed, which no later one mends.
         """
         head = cls(fs, layout, state, head_format)
         with ExitStack() as undo:
             undo.callback(head.close)
             for entry in (*state.disks, *(d for d in other.disks if state.disk(d.disk.id) is None)):
                 disk = entry.disk
-                if not (fs.exists(layout.image(disk.id)) and fs.exists(layout.tree(disk.id))):
+                present = fs.exists(layout.image(disk.id)) and fs.exists(layout.tree(disk.id))
+                if not present or state.disk(disk.id) is None:
                     fs.unlink(layout.image(disk.id))
                     fs.unlink(layout.tree(disk.id))
                     continue

@@ -27,7 +27,7 @@ from replica.store.pins import Removal, removing
 from replica.store.points import Chain, Link, PointIndex
 from replica.store.receipts import ReceiptBook
 from replica.store.retention import Decision, Kept, Policy, decide
-from replica.store.thin import FAN_IN, check, compose_links, final_name
+from replica.store.thin import FAN_IN, another_name, check, compose_links, final_name
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +186,10 @@ class Rotator:
         newer, older = self._ends(states, run)
         ready = next((s.path for s in chain.spare if (s.base.delta_id, s.result.delta_id) == (newer, older)), None)
         try:
-            if ready is not None:  # a crash came between its name and the last unlink
-                check(self._fs, self._keyring, ready)
-                temporary = None
+            if ready is not None:
+                # It was cut between its name and the last unlink, maybe by a sync that failed: it gets its name anew.
+                temporary = another_name(self._layout, ready)
+                self._copy(ready, temporary)
             else:
                 temporary = compose_links(self._fs, self._layout, self._keyring, links, self._stopping)
         except DamageError as error:
@@ -198,9 +199,17 @@ class Rotator:
         try:
             return self._replace(temporary, run, links)
         except BaseException:
-            if temporary is not None:
-                with suppress(StorageError):
-                    self._fs.unlink(temporary)
+            with suppress(StorageError):
+                self._fs.unlink(temporary)
+            raise
+
+    def _copy(self, ready: Path, temporary: Path) -> None:
+        try:
+            self._fs.copy(ready, temporary)
+            check(self._fs, self._keyring, temporary)
+        except BaseException:
+            with suppress(StorageError):
+                self._fs.unlink(temporary)
             raise
 
     @staticmethod
@@ -215,20 +224,17 @@ class Rotator:
             return ()
         return chain.links[first : last + 2]
 
-    def _replace(self, temporary: Path | None, run: tuple[DeltaId, ...], links: tuple[Link, ...]) -> Rotated:
+    def _replace(self, temporary: Path, run: tuple[DeltaId, ...], links: tuple[Link, ...]) -> Rotated:
         with self._step() as (chain, states, now, removal):
             locked = locked_now(self._marks, states, now)
             busy = self._pinned_below(states, run, removal)
             if busy or self._links(chain, run) != links or any(delta_id in locked for delta_id in run):
-                if temporary is not None:
-                    self._fs.unlink(temporary)
+                self._fs.unlink(temporary)
                 return Rotated()
             before = sum(link.stored_bytes for link in links)
-            after = 0
-            if temporary is not None:
-                with self._fs.open(temporary) as file:
-                    after = file.size()
-                self._fs.publish(temporary, final_name(self._layout, temporary))
+            with self._fs.open(temporary) as file:
+                after = file.size()
+            self._fs.publish(temporary, final_name(self._layout, temporary))
             for link in reversed(links):
                 self._fs.unlink(link.path)
             self._forget(set(run))

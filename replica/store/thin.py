@@ -92,6 +92,11 @@ def final_name(layout: Layout, temporary: Path) -> Path:
     return layout.points / temporary.name.split(".")[1]
 
 
+def another_name(layout: Layout, final: Path) -> Path:
+    """A temporary name for what is to get the name `final` once more."""
+    return layout.points / f".{final.name}.{os.urandom(4).hex()}.tmp"
+
+
 class Sliced:
     """A delta file whose segments come in slices of at most `size_bytes` of payload (or one grain)."""
 
@@ -153,4 +158,4 @@ class _Payload:
         return b"".join(parts)
 
 
-__all__ = ["FAN_IN", "Sliced", "check", "compose_links", "final_name"]
+__all__ = ["FAN_IN", "Sliced", "another_name", "check", "compose_links", "final_name"]
