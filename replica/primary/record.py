@@ -97,9 +97,7 @@ class MachineDirectory:
         self._fs.make_directory(self.path, private=True)
         busy = f"another sync or run is working on machine {machine!r}"
         with self._lock(busy):
-            for name in self._fs.list_names(self.path):
-                if name.startswith(".") and name.endswith(".tmp"):
-                    self._fs.unlink(self.path / name)
+            self._fs.clear_temporaries(self.path)
             yield
 
     def _lock(self, busy: str) -> Lock:

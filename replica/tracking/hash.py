@@ -120,6 +120,7 @@ class HashTracker:
         self._fs = fs
         self.directory = disk_directory(machine_directory, disk)
         fs.make_directory(self.directory, private=True)
+        fs.clear_temporaries(self.directory)
         self.secret = self._load_secret()
         self.known = self._fits()
         """What is stored says that it is `base` (whether it can be trusted is not known here)."""
