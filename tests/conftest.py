@@ -17,6 +17,15 @@ settings.register_profile("deep", deadline=None, print_blob=True, max_examples=1
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many states the crash explorer tried (tests/crash)."""
+    reports = [report for word in ("passed", "failed") for report in terminalreporter.stats.get(word, [])]
+    properties = [item for report in reports for item in getattr(report, "user_properties", [])]
+    count = sum(int(str(value)) for name, value in properties if name == "crash states")
+    if count:
+        terminalreporter.write_line(f"crash explorer: {count} states recovered from")
+
+
 @pytest.fixture
 def fs() -> FileSystem:
     return FileSystem()
