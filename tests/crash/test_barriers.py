@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from tests.crash.explorer import (
 from tests.crash.histories import MACHINE, STORE, machine_world, store_world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "CRASH.md"
-logging.getLogger("replica").setLevel(logging.CRITICAL)
 
 
 @functools.cache

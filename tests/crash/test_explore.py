@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +25,6 @@ from tests.crash.explorer import (
     violates,
 )
 from tests.crash.histories import MACHINE, STORE, machine_world, store_world
-
-logging.getLogger("replica").setLevel(logging.CRITICAL)
 
 HISTORIES: dict[str, tuple[Callable[[], Any], Any]] = {
     "store": (store_world, STORE),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,8 +33,6 @@ from tests.crash.explorer import CrashState, repeatable, violates
 from tests.crash.histories import MACHINE, STORE, machine_world, store_world
 from tests.crash.memory_disk import Content, MemoryDisk
 from tests.crash.worlds import STORAGE, TLS, MachineWorld, Promises, StoreWorld
-
-logging.getLogger("replica").setLevel(logging.CRITICAL)
 
 CHANGES = {"create", "write", "truncate", "punch", "sync", "sync-directory", "mkdir", "symlink", "link", "rmdir",
            "unlink", "rename"}  # fmt: skip
