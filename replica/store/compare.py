@@ -23,13 +23,13 @@ from typing import Self
 
 import numpy as np
 
-from replica import _native, documents
+from replica import _native
 from replica.durable import FileSystem
 from replica.errors import BaseMismatchError, BusyError, ProtocolError, UnknownMachineError
 from replica.images.flat import FlatImage
 from replica.merkle import FileNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, Disk, DiskId, State
-from replica.store.layout import Layout, StoreState, read_identity
+from replica.store.layout import Layout, load_state, read_identity
 
 Ranges = list[tuple[int, int]]
 """(first, count), ascending, disjoint."""
@@ -51,7 +51,7 @@ class StillHead:
         with ExitStack() as undo:
             lock = self._fs.lock(self._layout.head_lock, shared=True, busy=busy)
             undo.callback(lock.release)
-            state = documents.load(self._fs, self._layout.state, StoreState)
+            state = load_state(self._fs, self._layout)
             if state.applying is not None:
                 raise BusyError(busy, hint="try again when it is done")
             if state.head.delta_id != self._base:
