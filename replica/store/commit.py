@@ -197,7 +197,7 @@ class Committer:
             for name in self._fs.list_names(directory):
                 if name.startswith(starts):
                     self._fs.unlink(directory / name)
-        for document, lock in ((layout.retention, layout.marks_lock), (layout.damage, layout.root / "damage.lock")):
+        for document, lock in ((layout.retention, layout.marks_lock), (layout.damage, layout.damage_lock)):
             names = [n for n in self._fs.list_names(layout.marks) if n.startswith(f".{document.name}.")]
             if names:  # other processes write these, too: nobody does while the lock is held
                 with self._fs.lock(lock, wait=True):

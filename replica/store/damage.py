@@ -27,6 +27,7 @@ from replica.durable import FileSystem
 from replica.errors import DamageError, FormatError
 from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, Frozen
 from replica.store.layout import Layout
+from replica.store.marks import Marks as RetentionMarks
 from replica.store.points import Chain, Link
 from replica.store.verify import DiskVerdict
 
@@ -188,8 +189,8 @@ def _sorted(disks: Iterable[DiskId]) -> tuple[DiskId, ...]:
 
 
 def _change(fs: FileSystem, layout: Layout, change: Callable[[Marks], Marks]) -> None:
-    fs.make_directory(layout.marks)
-    with fs.lock(layout.root / "damage.lock", wait=True):
+    RetentionMarks(fs, layout).ensure()  # a directory without its document would count every point as locked
+    with fs.lock(layout.damage_lock, wait=True):
         before = load(fs, layout)
         after = change(before)
         if after == Marks():

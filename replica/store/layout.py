@@ -137,6 +137,10 @@ class Layout:
         return self.root / "marks.lock"
 
     @property
+    def damage_lock(self) -> Path:
+        return self.root / "damage.lock"
+
+    @property
     def keys(self) -> Path:
         return self.root / "keys"
 

@@ -59,15 +59,21 @@ class Marks:
         self._clocks = clocks
 
     def ensure(self) -> None:
-        """Make the directory with the document in it, if it is not there. Its writer does, at every start."""
+        """Make the directory with the document in it, if it is not there. Whoever writes into it calls this first.
+
+        Not while holding `held`: two processes that make it at once must not meet.
+        """
         if self._fs.exists(self._layout.marks):
             return
-        fresh = self._layout.root / ".marks.new"
-        if self._fs.exists(fresh):
-            self._fs.remove_tree(fresh)
-        self._fs.make_directory(fresh)
-        documents.save(self._fs, fresh / self._layout.retention.name, RetentionMarks(first(self._clocks())))
-        self._fs.publish(fresh, self._layout.marks)
+        with self.held():
+            if self._fs.exists(self._layout.marks):
+                return
+            fresh = self._layout.root / ".marks.new"
+            if self._fs.exists(fresh):
+                self._fs.remove_tree(fresh)
+            self._fs.make_directory(fresh)
+            documents.save(self._fs, fresh / self._layout.retention.name, RetentionMarks(first(self._clocks())))
+            self._fs.publish(fresh, self._layout.marks)
 
     def load(self) -> RetentionMarks:
         """The document. DamageError if it is damaged or gone: then nobody knows what is locked."""
@@ -130,7 +136,10 @@ class Marks:
             now = stamp(marks.observed, reading)
             present = next((mark for mark in marks.locks if mark.delta_id == delta_id), None)
             if not now.wall_ns < until_ns < MAX_UNTIL_NS:
-                raise ConfigError(f"point {point} cannot be locked until {rfc3339(until_ns)}: that is not ahead of now")
+                raise ConfigError(
+                    f"point {point} cannot be locked until {rfc3339(until_ns)}: that is not ahead of now",
+                    hint="give a date to come, before the year 2262, and look whether this host's clock is right",
+                )
             if present is not None and until_ns < present.until_ns:
                 raise ConfigError(
                     f"point {point} is locked until {rfc3339(present.until_ns)}, and nobody can shorten that",
@@ -144,7 +153,10 @@ class Marks:
             mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason[:MAX_REASON_CHARACTERS])
             others = tuple(m for m in marks.locks if m.delta_id != delta_id)
             if len(others) >= MAX_LOCKS:
-                raise ConfigError(f"{MAX_LOCKS} points are locked already")
+                raise ConfigError(
+                    f"{MAX_LOCKS} points of this machine are locked already",
+                    hint="wait until locks end, or keep points by a policy (`daily`, `min_age`) instead",
+                )
             self._save(marks, reading, (*others, mark))
             return mark
 
