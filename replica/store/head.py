@@ -167,6 +167,10 @@ class FileHead:
         wanted = {f"{disk.name}.img": f"{disk.id}.img" for disk in self._disks.values()}
         self._fs.set_links(self._layout.head, wanted)
 
+    def drop_cache(self, disk_id: DiskId, offset: int, length: int) -> None:
+        """What is read there next comes from the device, unless it was not written there yet."""
+        self._images[disk_id].drop_cache(offset, length)
+
     def flush(self) -> None:
         """Everything written so far is durable, names included, and what is read next comes from the device."""
         self.sync()

@@ -159,8 +159,10 @@ class HeadRepair:
                 )
 
     def _read(self, disk: Disk, number: int) -> Leaf:
+        """The leaf as the device has it: after a sync that failed the page cache may have what is nowhere else."""
         leaf = np.zeros(disk.leaf_bytes, dtype=np.uint8)
         offset = number * disk.leaf_bytes
+        self._head.drop_cache(disk.id, offset, disk.leaf_bytes)
         self._head.read_into(disk.id, offset, leaf[: disk.size_bytes - offset].data)
         return leaf
 
