@@ -75,33 +75,29 @@ Count = Annotated[int, Meta(ge=0, le=100_000)]
 AtLeastOne = Annotated[int, Meta(ge=1, le=100_000)]
 
 
-class MachineRetentionTable(msgspec.Struct, frozen=True):
+class RulesTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The rules by which points stay; what is not there is as it is by default."""
+
+    keep_last: AtLeastOne | None = None
+    hourly: Count | None = None
+    daily: Count | None = None
+    weekly: Count | None = None
+    monthly: Count | None = None
+    yearly: Count | None = None
+    min_count: AtLeastOne | None = None
+    min_age: Text | None = None
+    shed_buckets: bool | None = None
+
+
+class MachineRetentionTable(RulesTable, frozen=True, kw_only=True):
     """`[[retention.machine]]`: what differs from `[retention]` for machines whose name matches."""
 
     machine: Text
-    keep_last: AtLeastOne | None = None
-    hourly: Count | None = None
-    daily: Count | None = None
-    weekly: Count | None = None
-    monthly: Count | None = None
-    yearly: Count | None = None
-    min_count: AtLeastOne | None = None
-    min_age: Text | None = None
-    shed_buckets: bool | None = None
 
 
-class RetentionTable(msgspec.Struct, frozen=True):
+class RetentionTable(RulesTable, frozen=True, kw_only=True):
     """`[retention]`: which points every replica keeps."""
 
-    keep_last: AtLeastOne | None = None
-    hourly: Count | None = None
-    daily: Count | None = None
-    weekly: Count | None = None
-    monthly: Count | None = None
-    yearly: Count | None = None
-    min_count: AtLeastOne | None = None
-    min_age: Text | None = None
-    shed_buckets: bool | None = None
     max_points_per_hour: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     machine: tuple[MachineRetentionTable, ...] = ()
 
