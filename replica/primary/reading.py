@@ -91,7 +91,6 @@ class Reading:
         self._whole = list(whole)
         self._found = 0
         self._total = 0
-        self._files: FilesImage | None = None
         self.scanned = 0
         """Bytes read from the images."""
         self.changed = 0
@@ -192,11 +191,6 @@ class Reading:
     def found(self) -> bool:
         """Whether there was anything to ship."""
         return self.changed > 0
-
-    @property
-    def total(self) -> int:
-        """Bytes that the images have allocated; 0 unless somebody watches the progress."""
-        return self._total
 
     def report(self) -> None:
         """Tell the progress how much was read and is not waiting to be sent."""
