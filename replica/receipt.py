@@ -43,6 +43,8 @@ NO_LINK = bytes(DIGEST_BYTES).hex()
 _DOMAIN = b"replica receipt v1\n"
 _LINK_CONTEXT = "replica 2026-11 receipt link v1"
 _HEX = re.compile(r"[0-9a-f]{64}")
+_EXPORT = "have it exported anew with `replica receipt export`; if it is so at the receiver, it rotted there"
+_DISTRUST = "one of them was exchanged, or the receiver signed another history: ask its operator which and why"
 _SIGNATURE = re.compile(rb"[0-9a-f]{128}")
 
 
@@ -177,13 +179,15 @@ def parse(data: bytes, name: str = "the receipt") -> SignedReceipt:
     """The receipt in `data`, its form checked to the last byte, its signature not. FormatError naming `name`."""
     body, _, rest = data.partition(b"\n")
     if len(data) > MAX_RECEIPT_BYTES or rest[128:] != b"\n" or not _SIGNATURE.fullmatch(rest[:128]):
-        raise FormatError(f"{name} is no receipt: a receipt is one line of JSON and a signature of 128 hex digits")
+        raise FormatError(
+            f"{name} is no receipt: a receipt is one line of JSON and a signature of 128 hex digits", hint=_EXPORT
+        )
     try:
         receipt = msgspec.json.decode(body, type=Receipt)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise FormatError(f"{name} is no valid receipt: {error}") from error
+        raise FormatError(f"{name} is no valid receipt: {error}", hint=_EXPORT) from error
     if msgspec.json.encode(receipt) != body:
-        raise FormatError(f"{name} is not in the one form a receipt may have")
+        raise FormatError(f"{name} is not in the one form a receipt may have", hint=_EXPORT)
     return SignedReceipt(receipt, body, bytes.fromhex(rest[:128].decode()))
 
 
@@ -201,9 +205,11 @@ def check_chain(older: SignedReceipt, newer: SignedReceipt, between: bytes) -> N
     missing = other.serial - one.serial - 1
     name = f"the receipt of point {other.point} (number {other.serial})"
     if one.replica_id != other.replica_id:
-        raise FormatError(f"{name} is of another replica than the one before it")
+        raise FormatError(
+            f"{name} is of another replica than the one before it", hint="give the receipts of one replica at a time"
+        )
     if missing < 0:
-        raise FormatError(f"{name} does not follow number {one.serial}: there are two of that number")
+        raise FormatError(f"{name} does not follow number {one.serial}: there are two of that number", hint=_DISTRUST)
     if other.previous == NO_LINK:
         raise FormatError(
             f"{name} names none before it: the chain was begun anew",
@@ -218,7 +224,9 @@ def check_chain(older: SignedReceipt, newer: SignedReceipt, between: bytes) -> N
     for at in range(start, len(between), DIGEST_BYTES):
         link = next_link(link, between[at : at + DIGEST_BYTES])
     if link != other.previous:
-        raise FormatError(f"{name} does not follow number {one.serial}: the receipts between them are other ones")
+        raise FormatError(
+            f"{name} does not follow number {one.serial}: the receipts between them are other ones", hint=_DISTRUST
+        )
 
 
 def check_shipped(signed: SignedReceipt, state: State) -> None:

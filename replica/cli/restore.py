@@ -53,7 +53,7 @@ def restore(
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
     from replica.durable import FileSystem
-    from replica.store import HeadFormat, read_files, restore_point
+    from replica.store import HeadFormat, machine_files, restore_point
 
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
@@ -61,8 +61,12 @@ def restore(
     with reader.open_point(point) as opened, bars(as_json) as bar:
         files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), allow_lost=allow_lost)
         lost = {disk.name: ranges for disk in opened.disks if (ranges := opened.lost(disk.id))}
-        machine_files = [str(target / "files" / path) for path in read_files(opened)]
+        there = machine_files(opened, allow_lost=allow_lost)
+        left_out = opened.state.files is not None and not there
+        written = [str(target / "files" / path) for path in there]
         number = opened.state.point
+    if left_out:
+        click.echo("replica: WARNING: the machine's files are damaged and were left out", err=True)
     for name, ranges in lost.items():
         click.echo(
             f"replica: WARNING: disk {name} is NOT the point: its root was not checked, and zeros are at", err=True
@@ -71,11 +75,11 @@ def restore(
             click.echo(f"replica:   bytes {start} to {stop}", err=True)
     if as_json:
         disks = {name: str(path) for name, path in files.items()}
-        print_json({"point": number, "files": disks, "machine_files": machine_files, "lost": lost})
+        print_json({"point": number, "files": disks, "machine_files": written, "lost": lost})
         return
     checked = "restored, but for what is lost" if lost else "restored and checked"
     click.echo(f"point {number} of {machine} is {checked}:")
     for name, path in files.items():
         click.echo(f"  {name}: {path}")
-    for file in machine_files:
+    for file in written:
         click.echo(f"  {file}")

@@ -10,7 +10,7 @@ from replica.store.layout import HeadFormat, Identity, Layout, StoreState, repli
 from replica.store.points import PointInfo
 from replica.store.reader import PointReader, ReplicaReader
 from replica.store.replica import ReplicaStore
-from replica.store.restore import restore_point
+from replica.store.restore import machine_files, restore_point
 from replica.store.retention import Policy
 from replica.store.rotation import Rotated
 from replica.store.verify import DiskVerdict, verify_head
@@ -28,6 +28,7 @@ __all__ = [
     "Rotated",
     "StoreState",
     "adopt_images",
+    "machine_files",
     "read_files",
     "replica_directories",
     "restore_point",

@@ -20,6 +20,7 @@ from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.store.reader import PointReader
 
 DIRECTORY = "files"
+_WITHOUT = "`restore --allow-lost` restores the disks without them"
 
 
 def read_files(point: PointReader) -> dict[str, bytes]:
@@ -29,13 +30,17 @@ def read_files(point: PointReader) -> dict[str, bytes]:
         return {}
     disk = state.disk
     if disk.size_bytes > FILES_DISK_BYTES:
-        raise DamageError(f"the machine's files are on a disk of {disk.size_bytes} bytes, which none has")
+        raise DamageError(
+            f"the machine's files are on a disk of {disk.size_bytes} bytes, which none has", hint=_WITHOUT
+        )
     data = bytearray(disk.size_bytes)
     point.read_into(disk.id, 0, data)
     tree = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
     tree.put(0, leaf_digests(data, 0, disk.leaf_bytes))
     if tree.root(disk.size_bytes) != state.root:
-        raise DamageError("the machine's files do not have the Merkle root that the point was committed with")
+        raise DamageError(
+            "the machine's files do not have the Merkle root that the point was committed with", hint=_WITHOUT
+        )
     return decode(bytes(data))
 
 

@@ -9,6 +9,7 @@ nothing under a final name.
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from replica.store.layout import HeadFormat
 from replica.store.reader import PointReader
 
 WINDOW_BYTES = 4 << 20
+log = logging.getLogger(__name__)
+
 NAMED_RANGES = 8
 DEEP_WINDOW_BYTES = 32 << 20
 """Of a point behind inverses: each read opens every chunk it needs once, so a larger one opens fewer."""
@@ -46,8 +49,8 @@ def restore_point(
     The machine's files, if the point has any, go to `<target>/files/`, each under its path at the primary.
 
     Raises TargetExistsError (nothing is written), LostError (ranges of a disk
-    are lost; with `allow_lost` they become zeros, and that disk is not held
-    against its root), DamageError (the point's bytes are not what they were),
+    are lost; with `allow_lost` they become zeros, that disk is not held against
+    its root, and files that are damaged are left out), DamageError (the point's bytes are not what they were),
     StorageError, StorageFullError.
     """
     disks = [state.disk for state in point.state.machine_disks]
@@ -62,7 +65,7 @@ def restore_point(
     total = sum(disk.size_bytes for disk in disks)
     written: dict[str, Path] = {}
     done = 0
-    files = prepare_files(fs, read_files(point), target)
+    files = prepare_files(fs, machine_files(point, allow_lost=allow_lost), target)
     try:
         for disk in disks:
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
@@ -86,6 +89,17 @@ def restore_point(
                 fs.unlink(temporary)
     progress(total, total)
     return paths
+
+
+def machine_files(point: PointReader, *, allow_lost: bool = False) -> dict[str, bytes]:
+    """Path -> content of the machine's files; with `allow_lost` none if they are lost or damaged, which is logged."""
+    try:
+        return read_files(point)
+    except DamageError as error:
+        if not allow_lost:
+            raise
+        log.warning("point %d is restored without the machine's files: %s", point.state.point, error.message)
+        return {}
 
 
 def _refuse_lost(point: PointReader, lost: dict[str, list[tuple[int, int]]]) -> None:
