@@ -166,13 +166,29 @@ class ChainReader:
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
                     asked_head = True
-                    self._below(disk_id, run.start, part)
+                    self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
                 elif run.layer != GONE:
                     self._copy(layers[run.layer], run, part)
                 elif not lost_as_zeros:
                     raise self._lost(disk, run)
             if not asked_head or not self._grew(layers):
                 return
+
+    def _ask_head(self, disk_id: DiskId, start: int, part: memoryview, *, lost_as_zeros: bool) -> None:
+        """Read the head, which names its first lost range by a LostError, around what is lost."""
+        while part:
+            try:
+                self._below(disk_id, start, part)
+            except LostError as lost:
+                if not lost_as_zeros:
+                    raise
+                before, after = max(0, lost.offset - start), lost.offset + lost.length - start
+            else:
+                return
+            if before:
+                self._below(disk_id, start, part[:before])
+            part[before:after] = bytes(len(part[before:after]))
+            start, part = start + after, part[after:]
 
     def lost(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges of bytes that nobody has any more, ascending, joined. ValueError outside of the disk."""

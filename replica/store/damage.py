@@ -19,23 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-import numpy as np
-
 from replica import documents
-from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
-from replica.errors import DamageError, FormatError
-from replica.model import DamagedLeaves, DeltaId, Disk, DiskId, Frozen
+from replica.errors import FormatError
+from replica.model import DamagedLeaves, Disk, DiskId, Frozen
 from replica.store.layout import Layout
 from replica.store.marks import Marks as RetentionMarks
-from replica.store.points import Chain, Link
 from replica.store.verify import DiskVerdict
 
 MAX_RANGES = 4096
 """With more of them a disk's are made one, from its first to its last: a mark too many costs a look, no more."""
-
-
-Grains = set[tuple[DiskId, int]]
 
 
 class Marks(Frozen, frozen=True):
@@ -90,51 +83,6 @@ def overlapping(marks: Marks, disk: Disk, start: int, stop: int) -> list[tuple[i
     """Marked bytes of a disk in [start, stop), as half-open ranges of whole leaves."""
     ranges = ((d.first * disk.leaf_bytes, d.stop * disk.leaf_bytes) for d in marks.of(disk.id))
     return [(first, last) for first, last in ranges if first < stop and start < last]
-
-
-def reading_damage(fs: FileSystem, keyring: Keyring, chain: Chain, marks: Marks) -> set[DeltaId]:
-    """The states on the chain, the head included, that read marked leaves of the head: through no inverse that has
-    something else there."""
-    found: set[DeltaId] = set()
-    left = {
-        (d.disk.id, leaf * d.disk.grains_per_leaf + grain)
-        for d in chain.top.disks
-        for marked in first_of(marks.of(d.disk.id), MAX_RANGES)
-        for leaf in range(marked.first, marked.stop)
-        for grain in range(d.disk.grains_per_leaf)
-    }
-    if left:
-        found.add(chain.top.delta_id)
-    for link in chain.links:
-        if not left:
-            break
-        left = _passed_on(fs, keyring, link, left)
-        if left:
-            found.add(link.result.delta_id)
-    return found
-
-
-def _passed_on(fs: FileSystem, keyring: Keyring, link: Link, grains: Grains) -> Grains:
-    """The grains that the inverse has nothing to say of."""
-    left: Grains = set()
-    try:
-        with DeltaFileReader(fs.open(link.path), keyring) as reader:
-            for index, change in enumerate(reader.disks):
-                if change.after is None:
-                    continue
-                mine = sorted(g for disk_id, g in grains if disk_id == change.disk_id and g < change.result_grains)
-                if not mine:
-                    continue
-                for number in reader.overlapping(index, mine[0], mine[-1] + 1):
-                    rows = reader.table(number).extents
-                    place = np.searchsorted(rows["first"], np.array(mine, dtype=np.uint64), "right") - 1
-                    ends = (rows["first"] + rows["count"])[np.maximum(place, 0)]
-                    inside = (place >= 0) & (np.array(mine, dtype=np.uint64) < ends)
-                    mine = [grain for grain, has in zip(mine, inside.tolist(), strict=True) if not has]
-                left |= {(change.disk_id, grain) for grain in mine}
-    except DamageError:
-        return grains
-    return left
 
 
 def joined(leaves: Iterable[DamagedLeaves]) -> tuple[DamagedLeaves, ...]:

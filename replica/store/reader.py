@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from replica.delta import ChainReader, Keyring
+from replica.delta.ranges import union
 from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import File, FileSystem
 from replica.errors import DamageError, LostError, PointGoneError, StorageError
@@ -33,7 +34,7 @@ from replica.images.flat import FlatImage
 from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
-from replica.store.damage import Marks, reading_damage
+from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
@@ -80,22 +81,15 @@ class ReplicaReader:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
         chain = self._index.chain()
         head = chain.state.head
-        damaged = reading_damage(self._fs, self._keyring, chain, self.marks)
         infos = [
-            PointInfo(
-                link.result,
-                link.stored_bytes,
-                not chain.torn and link.result.delta_id not in damaged,
-                link.committed,
-            )
+            PointInfo(link.result, link.stored_bytes, not chain.torn, link.committed)
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            usable = self._head_usable(chain) and head.delta_id not in damaged
-            infos.append(PointInfo(head, self._head_bytes(head), usable, chain.state.committed))
-        if any(link.lost for link in chain.links):
-            infos = [self._with_lost(info, chain) for info in infos]
+            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain), chain.state.committed))
+        if any(link.lost for link in chain.links) or self.marks.leaves:
+            infos = [self._with_lost(info) for info in infos]
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -105,11 +99,8 @@ class ReplicaReader:
         infos.sort(key=lambda info: info.state.point)
         return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
 
-    def _with_lost(self, info: PointInfo, chain: Chain) -> PointInfo:
-        """The point with what of it is lost, where an inverse on the way to it has lost extents."""
-        found = chain.to(info.state.point)
-        if found is None or not any(link.lost for link in found[1]):
-            return info
+    def _with_lost(self, info: PointInfo) -> PointInfo:
+        """The point with what of it is lost: in an inverse on the way to it, or in the head."""
         ranges: list[LostRange] = []
         try:
             with self.open_point(info.state.point) as point:
@@ -117,7 +108,7 @@ class ReplicaReader:
                     ranges += [LostRange(disk.name, a, b - a) for a, b in point.lost(disk.id)]
         except PointGoneError:  # rotated out just now
             return info
-        except DamageError:
+        except (DamageError, StorageError):
             return replace(info, restorable=False)
         return replace(info, restorable=info.restorable and not ranges, lost=tuple(ranges[:MAX_LOST_RANGES]))
 
@@ -245,6 +236,7 @@ class PointReader:
     def _connect(self, links: tuple[Link, ...]) -> ChainReader:
         """Open what lies between the point and the head. What was open before stays open until `close`."""
         layers = [self._files.layer(link) for link in links]
+        self._has_lost = any(link.lost for link in links)
         self._top = links[-1].base if links else self.state
         self._open_images()
         return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
@@ -284,16 +276,32 @@ class PointReader:
                 self._connect_again(chain)
 
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
-        """Half-open ranges of the disk's bytes that nobody has any more at this point, ascending. Thread-safe."""
+        """Half-open ranges of the disk's bytes that cannot be had at this point, ascending. Thread-safe.
+
+        Nobody has them any more, or they are read from a leaf of the head that is known to be damaged: that one the
+        next sync may repair.
+        """
         entry = self.state.disk(disk_id)
         if entry is None:
             raise ValueError(f"state {self.state.delta_id} has no disk {disk_id}")
         while True:
             chain = self._chain
             try:
-                return list(chain.lost(disk_id, 0, entry.disk.size_bytes))
+                gone = list(chain.lost(disk_id, 0, entry.disk.size_bytes)) if self._has_lost else []
+                return list(union(gone, self._damaged_in_head(chain, entry.disk)))
             except MovedError:
                 self._connect_again(chain)
+
+    def _damaged_in_head(self, chain: ChainReader, disk: Disk) -> Iterator[tuple[int, int]]:
+        """Marked bytes of the head that this point reads."""
+        of_head = self._images_of.get(disk.id)
+        if of_head is None:
+            return
+        marks = damage.load(self._fs, self._layout)
+        for start, stop in damage.overlapping(marks, of_head, 0, disk.size_bytes):
+            for run in chain.runs(disk.id, start, min(stop, disk.size_bytes)):
+                if run.layer == chain.depth:
+                    yield run.start, run.stop
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges (start, stop) that may hold anything but zeros, ascending; they may touch."""
@@ -371,6 +379,7 @@ class PointReader:
                 if links is None:
                     raise MovedError
                 layers = [self._files.layer(link) for link in links]
+                self._has_lost |= any(link.lost for link in links)
                 self._top = chain.top
                 between = chain.state.applying is not None and chain.undoing is None
                 if document is not None and document.has_name() and not between:
