@@ -14,12 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from replica.errors import ReplicaError
+from replica.errors import DamageError, ReplicaError
+from replica.model import State
+from replica.receipt import decode_public
 from replica.store import damage
+from replica.store.marks import Marks
+from replica.store.receipt_key import KEY_NAME
+from replica.store.receipts import ReceiptFiles, ReceiptWord
+from replica.store.verify_round import verify_replica
 from tests.damage.damage_lab import LEAF, DamageLab, KiB, flip
 
 POINTS = 4
 NEWEST, MIDDLE, OLDEST = "inverse-newest", "inverse-middle", "inverse-oldest"
+LOCKED_UNTIL_NS = 1 << 62
 
 
 def _inverse(lab: DamageLab, place: int) -> Path:
@@ -29,6 +36,11 @@ def _inverse(lab: DamageLab, place: int) -> Path:
     reader.points()
     links = reader._index.chain().links
     return next(link.path for link in links if link.result.point == wanted)
+
+
+def _receipt(lab: DamageLab, point: int) -> Path:
+    state = next(info.state for info in lab.reader().points() if info.state.point == point)
+    return lab.reader().layout.receipt(state.delta_id)
 
 
 FILES: dict[str, Callable[[DamageLab], Path]] = {
@@ -45,6 +57,13 @@ FILES: dict[str, Callable[[DamageLab], Path]] = {
     "lock": lambda lab: lab.directory / "lock",
     "head.lock": lambda lab: lab.directory / "head.lock",
     "marks-damage": lambda lab: lab.directory / "marks" / "damage",
+    "marks-retention": lambda lab: lab.directory / "marks" / "retention",
+    "verify-head": lambda lab: lab.directory / "marks" / "verify-head",
+    "verify-points": lambda lab: lab.directory / "marks" / "verify-points",
+    "receipt-newest": lambda lab: _receipt(lab, POINTS),
+    "receipt-oldest": lambda lab: _receipt(lab, 1),
+    "receipt.key": lambda lab: lab.storage / KEY_NAME,
+    "receipt.pub": lambda lab: (lab.storage / KEY_NAME).with_suffix(".pub"),
     "machine.json": lambda lab: lab.root / "state" / "web-1" / "machine.json",
     "status.json": lambda lab: lab.root / "state" / "web-1" / "status.json",
     "secret": lambda lab: _tracker(lab, "secret"),
@@ -62,7 +81,7 @@ def _tracker(lab: DamageLab, name: str) -> Path:
 REPAIRED = "repaired"  # every point restores, and replication goes on
 OLDER_LOST = "older points lost"  # replication goes on; points that read the file are not restorable
 NAMED = "named"  # the machine stops with an error that says what to do; with what is right put back all goes on
-NOTHING = "nothing happens"
+NOTHING = "nothing happens"  # to points and to replication; `_check_locks` and `_check_receipts` say what else is true
 
 WHAT: dict[str, set[str]] = {
     "replica.toml": {REPAIRED, NAMED},
@@ -78,6 +97,13 @@ WHAT: dict[str, set[str]] = {
     "lock": {NOTHING},
     "head.lock": {NOTHING},
     "marks-damage": {REPAIRED},
+    "marks-retention": {NOTHING},
+    "verify-head": {NOTHING},
+    "verify-points": {NOTHING},
+    "receipt-newest": {NOTHING},
+    "receipt-oldest": {NOTHING},
+    "receipt.key": {NOTHING},
+    "receipt.pub": {NOTHING},
     "machine.json": {REPAIRED, NAMED},
     "status.json": {NOTHING},
     "secret": {REPAIRED},
@@ -195,6 +221,56 @@ def _mark(lab: DamageLab, leaf: int) -> None:
     damage.note(lab.fs, lab.reader().layout, [damage.DamagedLeaves(disk.id, leaf, leaf + 1)])
 
 
+def _prepare(lab: DamageLab, kind: str, action: str) -> None:
+    """What the file is about, where the template has nothing of it."""
+    older = lab.root / "older" / lab.directory.relative_to(lab.root)
+    if kind == "marks-damage":
+        _mark(lab, 1)
+        _copy(lab.directory / "marks", older / "marks")
+        _mark(lab, 5)
+        if action == "neighbour":
+            pytest.skip("the other replica has no damage")
+    elif kind == "marks-retention":
+        _marks(lab).lock(lab.reader().points()[0].state.delta_id, 1, LOCKED_UNTIL_NS)
+    elif kind.startswith("verify-"):
+        if action == "neighbour":
+            pytest.skip("the other replica was not verified")
+        for _ in range(2):
+            if FILES[kind](lab).exists():
+                _copy(FILES[kind](lab), older / "marks" / kind)
+            verify_replica(lab.fs, lab.reader().layout, points=True)
+
+
+def _marks(lab: DamageLab) -> Marks:
+    return Marks(lab.fs, lab.reader().layout)
+
+
+def _check_locks(lab: DamageLab, locked: State, action: str) -> None:
+    """The point is locked, or nobody knows what is, and then everything is kept."""
+    if action in ("older", "neighbour"):
+        return  # a whole document, signed by nobody: docs/OPERATIONS.md says so
+    try:
+        assert locked.delta_id in _marks(lab).locked(_marks(lab).now())
+    except DamageError as error:
+        assert "every point is kept" in error.message
+
+
+def _word(lab: DamageLab, state: State) -> ReceiptWord:
+    return ReceiptFiles(lab.fs, lab.reader().layout).word(state)
+
+
+def _check_receipts(lab: DamageLab) -> None:
+    """What passes for a receipt is signed and of its point."""
+    reader = lab.reader()
+    files = ReceiptFiles(lab.fs, reader.layout)
+    public = lab.storage / "receipt.pub"
+    for info in reader.points():
+        if files.word(info.state) in (ReceiptWord.SIGNED, ReceiptWord.PROVEN):
+            signed = files.read(info.state.delta_id)
+            assert signed.receipt.describes(info.state)
+            signed.verify(decode_public(public.read_bytes(), "it"))
+
+
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[DamageLab, DamageLab]:
     return _template(tmp_path_factory.mktemp("one")), _template(tmp_path_factory.mktemp("other"))
@@ -244,12 +320,8 @@ def _sync(lab: DamageLab) -> tuple[ReplicaError | None, int]:
 
 @pytest.mark.parametrize(("kind", "action", "where"), CELLS)
 def test_cell(templates: tuple[DamageLab, DamageLab], cell: DamageLab, kind: str, action: str, where: str) -> None:
-    if kind == "marks-damage":
-        _mark(cell, 1)
-        _copy(cell.directory / "marks", cell.root / "older" / cell.directory.relative_to(cell.root) / "marks")
-        _mark(cell, 5)
-        if action == "neighbour":
-            pytest.skip("the other replica has no damage")
+    _prepare(cell, kind, action)
+    oldest = cell.reader().points()[0].state
     path = FILES[kind](cell)
     good = cell.root / "good"
     _copy(path, good)
@@ -278,6 +350,22 @@ def test_cell(templates: tuple[DamageLab, DamageLab], cell: DamageLab, kind: str
         cell.site = cell.open_site()
         after, _ = _sync(cell)
         assert after is None, f"with the file put back nothing is wrong, but {after}"
+    if kind == "marks-retention":
+        _check_locks(cell, oldest, action)
+    if kind.startswith("verify-"):
+        report = verify_replica(cell.fs, cell.reader().layout, points=True)
+        assert report.ok
+    if kind.startswith("receipt"):
+        cell.site.close()
+        if kind in ("receipt.key", "receipt.pub"):
+            path.unlink(missing_ok=True)
+            _copy(good, path)
+        cell.site = cell.open_site()
+        assert _sync(cell)[0] is None
+        _check_receipts(cell)
+        words = [_word(cell, info.state) for info in cell.reader().points()]
+        assert ReceiptWord.MISSING not in words, "what could not be signed is signed later"
+        assert words.count(ReceiptWord.DAMAGED) <= (kind in ("receipt-newest", "receipt-oldest"))
     after_points = _restorable(cell)
     if after_points != set(range(1, POINTS + 1)):
         outcome = OLDER_LOST
