@@ -13,6 +13,7 @@ from replica.durable import FileSystem
 from replica.model import DamagedLeaves, DiskId
 from replica.store import damage
 from replica.store.layout import Layout
+from replica.store.marks import Marks
 
 DISKS = [DiskId(UUID(int=1)), DiskId(UUID(int=2))]
 RANGES = st.lists(
@@ -64,3 +65,10 @@ def test_the_document_is_kept_and_goes_with_the_last_mark(tmp_path: Path) -> Non
     assert damage.load(fs, layout).leaves == (one,)
     damage.clear(fs, layout, [one])
     assert not layout.damage.exists()
+
+
+def test_the_first_mark_of_a_replica_locks_nothing(tmp_path: Path) -> None:
+    fs, layout = FileSystem(), Layout(tmp_path)
+    damage.note(fs, layout, [DamagedLeaves(DISKS[0], 3, 5)])
+    marks = Marks(fs, layout)
+    assert marks.locked(marks.now()) == {}, "a directory without its document would count every point as locked"

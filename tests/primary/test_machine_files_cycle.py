@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from primary_lab import KiB, Lab, MiB
 
-from replica.errors import ImageError, SourceBusyError, TargetExistsError, UnknownMachineError
+from replica.errors import DamageError, ImageError, LostError, SourceBusyError, TargetExistsError, UnknownMachineError
 from replica.plan import Mode
 from replica.receiver.session import find_disk
-from replica.store import read_files, restore_point
+from replica.store import damage, machine_files, read_files, restore_point
 
 
 @pytest.fixture
@@ -107,6 +107,25 @@ def test_restoring_writes_nothing_over_what_is_there(lab: Lab) -> None:
     with lab.reader().open_point(1) as opened, pytest.raises(TargetExistsError, match="files"):
         restore_point(lab.fs, opened, lab.root / "out", "raw")
     assert [p.name for p in (lab.root / "out").iterdir()] == ["files"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_damaged_files_do_not_keep_the_disks(lab: Lab, marked: bool) -> None:
+    lab.sync()
+    layout = lab.reader().layout
+    with layout.image(lab.head.files).open("r+b") as file:
+        file.seek(20)
+        file.write(b"rotten")
+    if marked:
+        damage.note_verdicts(lab.fs, layout, lab.reader().verify())
+    with lab.reader().open_point(1) as opened:
+        with pytest.raises(LostError if marked else DamageError):
+            restore_point(lab.fs, opened, lab.root / "refused", "raw")
+        assert not any((lab.root / "refused").glob("*"))
+        written = restore_point(lab.fs, opened, lab.root / "out", "raw", allow_lost=True)
+        assert machine_files(opened, allow_lost=True) == {}
+    assert [p.name for p in (lab.root / "out").iterdir()] == [written["os"].name]
+    assert written["os"].read_bytes() == lab.images["os"].read_bytes()
 
 
 def test_the_disk_that_holds_them_has_no_name_for_others(lab: Lab) -> None:

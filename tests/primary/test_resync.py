@@ -186,6 +186,16 @@ def test_a_damaged_tree_at_the_replica_is_no_base_for_anything(lab: Lab) -> None
     lab.assert_equal()
 
 
+def test_a_damaged_state_document_is_no_hindrance_while_its_copy_stands(lab: Lab) -> None:
+    lab.scribble("os", 0, MiB)
+    lab.sync()
+    session, head = lab.site.session("hv-1"), lab.head
+    (directory,) = replica_directories(lab.fs, lab.storage)
+    Layout(directory).state.write_bytes(b"rotten")
+    disk = head.disks[0].disk
+    assert len(session.nodes(head.replica_id, disk.id, TreeQuery(head.delta_id, 3, [(0, 256)]))) == 256 * 32
+
+
 def test_answers_are_about_one_head_only(lab: Lab) -> None:
     lab.scribble("os", 0, MiB)
     lab.sync()
