@@ -65,6 +65,9 @@ from replica.store.retention import Policy
 from replica.store.rotation import Rotated, Rotator
 from replica.store.space import commit_bytes, full
 
+YIELD_SECONDS = 0.25
+"""So long a composition stands still before each slice while a commit is under way. No longer: it must get on, too."""
+
 
 class ReplicaStore:
     """The writer of one replica. Made by `create` or `open`; `close` lets another process have it."""
@@ -91,7 +94,7 @@ class ReplicaStore:
         self._quiet = threading.Lock()
         self._dropping, self._thinning = threading.Lock(), threading.Lock()
         self._dropper, self._thinner = (
-            Rotator(fs, layout, self._keyring, self._marks, self.receipts, lambda: self._quiet, lambda: self._closed)
+            Rotator(fs, layout, self._keyring, self._marks, self.receipts, lambda: self._quiet, self._stopping)
             for _ in "12"
         )
         self._incoming: Incoming | None = None
@@ -471,6 +474,12 @@ class ReplicaStore:
         with self._thinning:
             self._ensure_open()
             return self._thinner.thin(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    def _stopping(self) -> bool:
+        """Whether work behind is to end. While a commit is under way it waits a little: commits go first."""
+        if self._quiet.acquire(timeout=YIELD_SECONDS):
+            self._quiet.release()
+        return self._closed
 
     def _keep_time(self) -> None:
         with suppress(DamageError):  # said by whoever asks for the locks; until it is mended, time stands still

@@ -66,9 +66,7 @@ def compose_links(
         epoch = newest.header.epoch
         try:
             with DeltaWriter(fs, temporary, key, newest.header.replica_id, composed_id, epoch) as writer:
-                for segment in compose_segments([Sliced(reader, size) for reader in readers]):
-                    if stopping():
-                        raise BusyError("the replica is being closed")
+                for segment in compose_segments([Sliced(reader, size, stopping) for reader in readers]):
                     writer.add(segment)
                 writer.finish(base=newest.base, result=oldest.result, committed=oldest.committed)
             check(fs, keyring, temporary)
@@ -98,11 +96,15 @@ def another_name(layout: Layout, final: Path) -> Path:
 
 
 class Sliced:
-    """A delta file whose segments come in slices of at most `size_bytes` of payload (or one grain)."""
+    """A delta file whose segments come in slices of at most `size_bytes` of payload (or one grain).
 
-    def __init__(self, reader: DeltaFileReader, size_bytes: int) -> None:
+    Before each slice `stopping` is asked: BusyError if it says so, and it may take its time to say no.
+    """
+
+    def __init__(self, reader: DeltaFileReader, size_bytes: int, stopping: Callable[[], bool] = lambda: False) -> None:
         self._reader = reader
         self._size_bytes = size_bytes
+        self._stopping = stopping
         self.delta_id = reader.delta_id
         self.base: State = reader.base
         self.result: State = reader.result
@@ -127,6 +129,8 @@ class Sliced:
         start, stop = int(rows["first"][0]), stop_of(rows)
         payload = _Payload(self._reader, table)
         for limit in range(most, int(ends[-1]) + most, most) if ends[-1] else (0,):
+            if self._stopping():
+                raise BusyError("the replica is being closed")
             end = stop
             if limit < ends[-1]:
                 row = int(np.searchsorted(ends, limit))
