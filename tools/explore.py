@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from replica.errors import ReplicaError
+from replica.primary.spec import PART_BYTES
 from replica.store import Policy
 from tests.crash import histories
 from tests.crash.explorer import (
@@ -107,7 +108,16 @@ def store_steps(rng: random.Random) -> Steps:
 
 def machine_world(rng: random.Random) -> MachineWorld:
     sizes = {name: rng.choice([size for size in SIZES if size >= 512]) for name in ("os", "data")[: rng.randint(1, 2)]}
-    return MachineWorld(sizes, rng.randrange(1 << 30))
+    return MachineWorld(sizes, rng.randrange(1 << 30), rng.choice([8_192, 16_384, PART_BYTES]))
+
+
+def other_machine(rng: random.Random) -> Any:
+    """Disks that grow, shrink, come and go, and other files."""
+    names = ("os", "data", "more")
+    sizes = {name: rng.choice([size for size in SIZES if size >= 512]) for name in names[: rng.randint(1, 3)]}
+    return histories.turn_into(
+        sizes, {name: name * rng.randrange(3_000) for name in ("xml", "nvram")[: rng.randint(0, 2)]}
+    )
 
 
 def machine_steps(rng: random.Random) -> Steps:
@@ -121,8 +131,10 @@ def machine_steps(rng: random.Random) -> Steps:
 
     steps: Steps = [("sync", writes)]
     for _ in range(rng.randint(1, 5)):
-        kind = rng.randrange(8)
-        if kind == 0:
+        kind = rng.randrange(10)
+        if kind > 7:
+            steps.append(("another machine", other_machine(rng)))
+        elif kind == 0:
             steps += [("lose the state", histories.lose_state), ("sync", writes)]
         elif kind == 1:
             steps.append(("rotate", histories.rotate(policy(rng))))

@@ -127,6 +127,21 @@ def lose_state(world: MachineWorld) -> None:
     world.sender_fs().remove_tree(world.spec.state)
 
 
+def turn_into(sizes: dict[str, int], files: dict[str, str]) -> Step:
+    """The machine's disks are these, of so many bytes (what is new of them is random), and its files those."""
+
+    def step(world: MachineWorld) -> None:
+        had = world.content
+        world.content = {
+            name: had.get(name, b"")[:size] + world.rng.randbytes(max(0, size - len(had.get(name, b""))))
+            for name, size in sizes.items()
+        }
+        world.files = {f"/nowhere/primary/{name}": text.encode() for name, text in files.items()}
+        world.sync()
+
+    return step
+
+
 MACHINE_SIZES = {"os": 40_700, "data": 12_288}
 
 MACHINE: list[tuple[str, Step]] = [
@@ -143,3 +158,15 @@ MACHINE: list[tuple[str, Step]] = [
 
 def machine_world(seed: int = 1) -> MachineWorld:
     return MachineWorld(MACHINE_SIZES, seed)
+
+
+CHANGING: list[tuple[str, Step]] = [
+    ("first copy in parts", guest(("os", 0, 30_000), ("os", 32_768, 1))),
+    ("grow, a new disk, files", turn_into({"os": 50_000, "more": 5_000}, {"domain": "<domain/>"})),
+    ("shrink, a disk less, other files", turn_into({"os": 20_000}, {"domain": "<domain>2</domain>", "nvram": "x"})),
+]
+"""Disks, files and parts, through the sender. `part_bytes` is so small that what is large comes as a series."""
+
+
+def changing_world(seed: int = 1) -> MachineWorld:
+    return MachineWorld({"os": 40_000}, seed, part_bytes=8_192)

@@ -24,15 +24,16 @@ from tests.crash.explorer import (
     repeatable,
     violates,
 )
-from tests.crash.histories import MACHINE, STORE, machine_world, store_world
+from tests.crash.histories import CHANGING, MACHINE, STORE, changing_world, machine_world, store_world
 
 HISTORIES: dict[str, tuple[Callable[[], Any], Any]] = {
     "store": (store_world, STORE),
     "store, vhd": (lambda: store_world(head_format="vhd"), STORE),
     "machine": (machine_world, MACHINE),
+    "machine that changes": (changing_world, CHANGING),
 }
 PARTS = 2
-AT_LEAST = {"store": 2_800, "store, vhd": 2_800, "machine": 4_200}
+AT_LEAST = {"store": 2_800, "store, vhd": 2_800, "machine": 4_200, "machine that changes": 4_000}
 NESTED = {"store": 6_000, "machine": 5_000}
 
 

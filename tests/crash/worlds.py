@@ -26,10 +26,10 @@ from replica.errors import BaseMismatchError, ConflictError, UnknownMachineError
 from replica.model import DeltaId, DiskId, ReplicaId
 from replica.plan import Mode
 from replica.primary.cycle import SyncResult, sync_machine
-from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
+from replica.primary.spec import PART_BYTES, DiskSpec, MachineSpec, SenderSpec
 from replica.receipt import SignedReceipt
 from replica.receiver.stores import FileStores
-from replica.store import Identity, Policy, ReplicaReader, ReplicaStore, replica_directories
+from replica.store import Identity, Policy, ReplicaReader, ReplicaStore, read_files, replica_directories
 from replica.store.layout import Layout
 from replica.store.marks import Marks
 from replica.store.points import PointIndex
@@ -54,6 +54,7 @@ Trees = dict[str, Tree]
 """One disk per host."""
 
 STORAGE = Path("/nowhere/replicas")
+PRIMARY = Path("/nowhere/primary")
 TLS = TlsFiles(Path("ca"), Path("cert"), Path("key"))
 
 
@@ -151,11 +152,12 @@ class World:
     def _check_content(self, reader: ReplicaReader, number: int) -> None:
         with reader.open_point(number) as opened:
             found: Contents = {}
-            for state in opened.state.disks:
+            for state in opened.state.machine_disks:
                 buffer = np.empty(state.disk.size_bytes, np.uint8)
                 if state.disk.size_bytes:
                     opened.read_into(state.disk.id, 0, buffer.data)
                 found[state.disk.name] = buffer.tobytes()
+            found.update({f"/{path}": data for path, data in read_files(opened).items()})
         if number in self.promises.points:
             require(
                 found == self.promises.points[number], f"point {number} was acknowledged and restores to something else"
@@ -412,16 +414,16 @@ class DirectReceiver:
 class MachineWorld(World):
     """A machine at its primary, and the replica; the images lie on the sender's disk but are not the engine's."""
 
-    def __init__(self, sizes: dict[str, int], seed: int = 1) -> None:
+    def __init__(self, sizes: dict[str, int], seed: int = 1, part_bytes: int = PART_BYTES) -> None:
         super().__init__({"receiver": MemoryDisk(), "sender": MemoryDisk()}, rng=random.Random(seed))
         self.content = {name: bytes(size) for name, size in sizes.items()}
-        root = Path("/nowhere/primary")
-        disks = tuple(DiskSpec(name, root / f"{name}.raw", "raw") for name in sizes)
-        self.machine = MachineSpec("web-1", "https://dr-1", disks)
-        self.spec = SenderSpec("hv-1", root / "state", root / "keys", TLS, (self.machine,))
+        self.files: dict[str, bytes] = {}
+        """Machine files: path -> content."""
         self._receiver: DirectReceiver | None = None
         self.receiver_fs().make_directory(STORAGE)
-        self.sender_fs().make_directory(root)
+        self.sender_fs().make_directory(PRIMARY)
+        self.machine = MachineSpec("web-1", "https://dr-1", (_disk_spec(min(sizes)),))
+        self.spec = SenderSpec("hv-1", PRIMARY / "state", PRIMARY / "keys", TLS, (), part_bytes=part_bytes)
         self.show()
 
     def after_crash(self, trees: Trees, promises: Promises) -> MachineWorld:
@@ -430,7 +432,11 @@ class MachineWorld(World):
         other.disks = {host: MemoryDisk(tree) for host, tree in trees.items()}
         other.promises, other.possible = promises, {n: list(c) for n, c in self.possible.items()}
         other._receiver = None
-        other.content = {d.name: other.image(d.name) for d in self.machine.disks}
+        fs = other.sender_fs()
+        there = [name for name in self.content if fs.exists(_disk_spec(name).image)]
+        other.content = {name: other.image(name) for name in there}
+        other.files = {path: fs.read_bytes(Path(path), 1 << 20) for path in self.files if fs.exists(Path(path))}
+        other.show()
         return other
 
     def sender_fs(self) -> FileSystem:
@@ -443,12 +449,15 @@ class MachineWorld(World):
             return file.read(0, file.size())
 
     def show(self) -> None:
-        """The guest's content appears in the images."""
+        """The guest's content appears in the images; the machine is what has them."""
+        disks = tuple(_disk_spec(name) for name in self.content)
+        self.machine = replace(self.machine, disks=disks, files=tuple(Path(path) for path in self.files))
+        self.spec = replace(self.spec, machines=(self.machine,))
+        for path, data in self.files.items():
+            self.disks["sender"].guest_write(Path(path), Content(len(data), _pages(data)))
         for disk in self.machine.disks:
             data = self.content[disk.name]
-            pages = {n: data[n * 4096 : n * 4096 + 4096].ljust(4096, b"\0") for n in range(-(-len(data) // 4096))}
-            content = Content(len(data), {n: page for n, page in pages.items() if any(page)})
-            self.disks["sender"].guest_write(disk.image, content)
+            self.disks["sender"].guest_write(disk.image, Content(len(data), _pages(data)))
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         old = self.content[name]
@@ -477,7 +486,7 @@ class MachineWorld(World):
 
     def sync(self, **options: Any) -> SyncResult:
         self.show()
-        contents = dict(self.content)
+        contents = {**self.content, **self.files}
         following = self.store.head.point + 1 if self.receiver._stores else 1
         for number in (following, following + 1):  # an earlier delta may turn out to be committed
             self.possible.setdefault(number, []).append(contents)
@@ -502,8 +511,12 @@ class MachineWorld(World):
         self.store.rotate(Policy(keep_last=1000))
 
     def _check_thrift(self, result: SyncResult) -> None:
-        """Nothing was shipped that the point before had already."""
+        """Nothing was shipped that the point before had already; of disks that only their guest changed."""
         before = [self.promises.points.get(result.point - 1), *self.possible.get(result.point - 1, [])]
+        now = {**self.content, **self.files}
+        sizes = {name: len(data) for name, data in now.items()}
+        if any({name: len(data) for name, data in contents.items()} != sizes for contents in before if contents):
+            return
         changed = {4096 * _different_grains(contents, self.content) for contents in before if contents is not None}
         require(
             not changed or result.bytes_changed in changed,
@@ -521,6 +534,15 @@ class MachineWorld(World):
         for disk in fs.list_names(directory / "disks"):
             extra = set(fs.list_names(directory / "disks" / disk)) - {"secret", "digests", "windows", "leaves"}
             require(not extra, f"left over at the sender in disks/: {sorted(extra)}")
+
+
+def _disk_spec(name: str) -> DiskSpec:
+    return DiskSpec(name, PRIMARY / f"{name}.raw", "raw")
+
+
+def _pages(data: bytes) -> dict[int, bytes]:
+    pages = {n: data[n * 4096 : n * 4096 + 4096].ljust(4096, b"\0") for n in range(-(-len(data) // 4096))}
+    return {n: page for n, page in pages.items() if any(page)}
 
 
 def _different_grains(before: Contents, after: Contents) -> int:
