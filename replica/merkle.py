@@ -245,6 +245,34 @@ class TreeUpdate:
             target[start : start + part] = digests[done : done + part]
             done += part
 
+    def put_zeros(self, first_leaf: int, stop_leaf: int) -> None:
+        """Say that the leaves [first_leaf, stop_leaf) are zero, whole subtrees at a time, whatever is stored below.
+
+        A node is zero only if all below it is, so the root that comes out proves all of them. Costs a few blocks
+        however many leaves they are. Only of a dry run, since what is stored below is not cleared.
+        """
+        if self._write or not self._next <= first_leaf <= stop_leaf <= MAX_LEAVES:
+            raise ValueError(f"zeros from leaf {first_leaf} to {stop_leaf} after leaf {self._next - 1}")
+        self._next = max(self._next, stop_leaf)
+        first, stop, level, tails = first_leaf, stop_leaf, 0, []
+        while level < DEPTH - 1 and -(-first // FAN_OUT) < stop // FAN_OUT:
+            inner, outer = -(-first // FAN_OUT), stop // FAN_OUT
+            self._put_zero_nodes(level, first, inner * FAN_OUT)
+            tails.append((level, outer * FAN_OUT, stop))
+            first, stop, level = inner, outer, level + 1
+        for run in ((level, first, stop), *reversed(tails)):
+            self._put_zero_nodes(*run)
+
+    def _put_zero_nodes(self, level: int, first: int, stop: int) -> None:
+        if first < stop:
+            for below in range(level):
+                self._close(below)
+        while first < stop:
+            block, start = divmod(first, FAN_OUT)
+            part = min(FAN_OUT - start, stop - first)
+            self._block(level, block, fresh=part == FAN_OUT)[start : start + part] = 0
+            first += part
+
     def truncate(self, count_leaves: int) -> None:
         """Make every leaf from `count_leaves` on zero; nothing can be put after it.
 

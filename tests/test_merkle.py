@@ -128,6 +128,23 @@ def test_truncate_is_the_tree_of_the_leaves_before_the_cut(leaves: Leaves, more:
     assert put(tree, leaves) == naive_root(kept | leaves, 77, 16384)
 
 
+@given(leaves=leaf_maps, more=leaf_maps, a=leaf_numbers, b=leaf_numbers, nearby=st.integers(0, 1 << 17))
+def test_zeros_prove_whole_subtrees_whatever_lies_below(
+    leaves: Leaves, more: Leaves, a: int, b: int, nearby: int
+) -> None:
+    first, stop = min(a, b), max(a, b) if nearby % 2 else min(min(a, b) + nearby, MAX_LEAVES)
+    tree = MerkleTree(MemoryNodes())
+    before = put(tree, leaves)
+    update = tree.update(write=False)
+    for number in sorted(n for n in more if n < first):
+        update.put(number, np.frombuffer(more[number], np.uint8).reshape(1, 32))
+    update.put_zeros(first, stop)
+    for number in sorted(n for n in more if n >= stop):
+        update.put(number, np.frombuffer(more[number], np.uint8).reshape(1, 32))
+    assert update.root(77) == naive_root({n: d for n, d in (leaves | more).items() if not first <= n < stop}, 77, 16384)
+    assert tree.root(77) == before
+
+
 @pytest.mark.parametrize("cut", [0, 1, 255, 256, 257, 600, 65536, 65537])
 def test_truncate_clears_what_a_torn_truncate_left(make_nodes: Callable[[], Nodes], cut: int) -> None:
     nodes = make_nodes()

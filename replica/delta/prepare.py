@@ -34,7 +34,7 @@ from replica.delta.pack import Packer, Sink
 from replica.delta.recover import recover
 from replica.delta.segment import Segment
 from replica.errors import BaseMismatchError, FormatError, LeafDamageError
-from replica.merkle import FAN_OUT, Digests, MemoryNodes, MerkleTree, leaf_digests
+from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DIGEST_BYTES, DamagedLeaves, DiskId, DiskState
 from replica.progress import Progress, silent
 
@@ -132,6 +132,7 @@ class _PrepareDisk:
         self._before = self.tree.update(write=False)
         """Is put what the tree says of the old leaves: its root proves that they are those of the head's state."""
         self.root_before = b""
+        """What `_before` proves; of no state if the tree contradicts itself."""
         self._covered_stop = 0
         self._rotten = rotten
         self.damaged: list[DamagedLeaves] = []
@@ -164,7 +165,7 @@ class _PrepareDisk:
         """Inverse and new digests of the next leaves."""
         change = self._change
         if isinstance(piece, Blank):
-            self._put_blank(piece)
+            self._before.put_zeros(piece.first // self.per_leaf, piece.stop // self.per_leaf)
             if piece.first <= self._boundary * self.per_leaf < piece.stop:
                 self._boundary = -1
             if piece.first < change.result_grains:
@@ -188,13 +189,6 @@ class _PrepareDisk:
         if not bad.any():
             self._lay(piece, new, places)
         self._put(piece.leaves, new)
-
-    def _put_blank(self, blank: Blank) -> None:
-        """Zeros enough for `root_before` to prove all of them: one under each node of level 2, and both ends."""
-        first, last = blank.first // self.per_leaf, blank.stop // self.per_leaf - 1
-        step = FAN_OUT**2
-        for number in sorted({first, last, *range((first // step + 1) * step, last, step)}):
-            self._before.put(number, np.zeros((1, DIGEST_BYTES), dtype=np.uint8))
 
     def _lay(self, piece: Piece, leaves: Digests, places: Leaves) -> None:
         """The delta's grains, over the old ones."""
@@ -280,6 +274,10 @@ class _PrepareDisk:
         if self._boundary >= 0:
             number = np.array([self._boundary])
             self._report(number[self._read(number, np.zeros(1, dtype=np.bool_), prove=False)[2]])
+            proof = self.tree.update(write=False)  # of its own, since larger leaves may have been put already
+            proof.put(self._boundary, self.tree.leaves(self._boundary, 1))
+            if proof.root(change.base_bytes) != self.root_before:
+                self.root_before = b""
         if change.after and change.result_bytes < change.base_bytes:
             self._update.truncate(change.after.count_leaves)
         return self._update.root(change.result_bytes)

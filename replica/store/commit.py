@@ -61,6 +61,7 @@ from replica.errors import (
     LostError,
     ProtocolError,
     ReplicaError,
+    RootMismatchError,
     StorageError,
 )
 from replica.images.flat import FlatImage
@@ -266,6 +267,11 @@ class Committer:
         except RottenLeavesError as error:
             damage.note(self._fs, self._layout, error.leaves, error.trees)
             if not repair.heal(error.leaves, error.trees):
+                raise
+        except RootMismatchError:
+            # A tree that rotted where the old leaves' proof does not lead gives a wrong root as well.
+            changed = [change.disk_id for change in delta.disks if change.before is not None]
+            if not all([repair.rebuild_tree(disk_id) for disk_id in changed]):
                 raise
         self._fs.unlink(temporary)
         try:
