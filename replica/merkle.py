@@ -82,14 +82,16 @@ def root_of(top: bytes, size_bytes: int, leaf_bytes: int) -> bytes:
 
 def root_of_content(
     size_bytes: int,
-    leaf_bytes: int,
+    update: TreeUpdate,
     allocated: Iterable[tuple[int, int]],
     read_into: Callable[[int, memoryview], None],
     progress: Progress = silent,
 ) -> bytes:
-    """The root of a disk, read window by window where `allocated` (ascending ranges of bytes) says it is not zero."""
-    update = MerkleTree(MemoryNodes(), leaf_bytes).update(write=False)
-    reached = 0
+    """The root of a disk, read window by window where `allocated` (ascending ranges of bytes) says it is not zero.
+
+    `update` is of an empty tree, which becomes the disk's if it writes.
+    """
+    leaf_bytes, reached = update.leaf_bytes, 0
     for start, stop in allocated:
         begin = max(reached, start // leaf_bytes * leaf_bytes)
         reached = max(reached, min(-(-stop // leaf_bytes) * leaf_bytes, size_bytes))
@@ -222,7 +224,7 @@ class TreeUpdate:
 
     def __init__(self, nodes: Nodes, leaf_bytes: int, write: bool) -> None:
         self._nodes = nodes
-        self._leaf_bytes = leaf_bytes
+        self.leaf_bytes = leaf_bytes
         self._write = write
         self._open: list[tuple[int, Digests] | None] = [None] * DEPTH
         self._top: bytes | None = None
@@ -301,7 +303,7 @@ class TreeUpdate:
             self._close(level)
         if self._top is None:
             self._top = self._nodes.read(DEPTH, 0)[0].tobytes()
-        return root_of(self._top, size_bytes, self._leaf_bytes)
+        return root_of(self._top, size_bytes, self.leaf_bytes)
 
     def _block(self, level: int, block: int, *, fresh: bool = False) -> Digests:
         """The open block of a level, moved on to `block`; `fresh`: all of it is about to be set."""

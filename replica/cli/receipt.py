@@ -216,7 +216,7 @@ def _check_image(text: str, receipt: Receipt, as_json: bool) -> str:
     """The disk's name, if the image is the disk. ConfigError, RootMismatchError."""
     from replica import images
     from replica.durable import FileSystem
-    from replica.merkle import root_of_content
+    from replica.merkle import MemoryNodes, MerkleTree, root_of_content
 
     name, separator, path = text.partition("=")
     disk = next((d for d in receipt.disks if d.name == name), None)
@@ -230,7 +230,8 @@ def _check_image(text: str, receipt: Receipt, as_json: bool) -> str:
                 hint="give the raw image as it was restored",
             )
         ranges = image.allocated(0, image.size_bytes)
-        root = root_of_content(image.size_bytes, disk.leaf_bytes, ranges, image.read_into, bar(f"read {name}"))
+        update = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
+        root = root_of_content(image.size_bytes, update, ranges, image.read_into, bar(f"read {name}"))
     if root.hex() != disk.root:
         raise RootMismatchError(
             f"{path} is not disk {name!r} at point {receipt.point}: its Merkle root is {root.hex()}, the receipt says "

@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from replica.durable import File, FileSystem
+from replica.errors import DamageError
 from replica.images.flat import FlatImage
-from replica.merkle import FileNodes, MerkleTree
+from replica.merkle import FileNodes, MerkleTree, root_of_content
 from replica.model import Disk, DiskId, State
 from replica.store.layout import HeadFormat, Layout
 
@@ -59,19 +60,25 @@ class FileHead:
         above comes from the delta (or from its inverse) anyway. A disk that
         only `other` has is made anew if it is to be: all of it comes from the
         delta, and a sync of its name may have failed, which no later one mends.
+
+        Of a disk that both have nothing is removed, whatever is missing: its
+        tree is made anew from the image, and what the commit wrote in there
+        enters it as in any other (`settle`). Without an image, DamageError.
         """
         head = cls(fs, layout, state, head_format)
         with ExitStack() as undo:
             undo.callback(head.close)
             for entry in (*state.disks, *(d for d in other.disks if state.disk(d.disk.id) is None)):
-                disk = entry.disk
+                disk, target = entry.disk, other.disk(entry.disk.id)
+                kept = target is not None and state.disk(disk.id) is not None
+                if target is not None and kept and not fs.exists(layout.tree(disk.id)):
+                    head._make_tree(disk, min(disk.size_bytes, target.disk.size_bytes))
                 present = fs.exists(layout.image(disk.id)) and fs.exists(layout.tree(disk.id))
-                if not present or state.disk(disk.id) is None:
+                if not kept and (not present or state.disk(disk.id) is None):
                     fs.unlink(layout.image(disk.id))
                     fs.unlink(layout.tree(disk.id))
                     continue
                 head._attach(disk)
-                target = other.disk(disk.id)
                 if target is not None and target.disk.size_bytes != disk.size_bytes:
                     smaller = min(disk, target.disk, key=lambda d: d.size_bytes)
                     head._images[disk.id].resize(smaller.size_bytes)
@@ -88,6 +95,25 @@ class FileHead:
     def close(self) -> None:
         for disk_id in list(self._images):
             self._detach(disk_id)
+
+    def _make_tree(self, disk: Disk, size_bytes: int) -> None:
+        """A tree of what the image holds now, up to `size_bytes`, where there is none. DamageError without an image."""
+        path = self._layout.image(disk.id)
+        if not self._fs.exists(path):
+            raise DamageError(
+                f"{path} and its tree are gone, in the middle of a commit",
+                hint="put them back, if they were moved away; every other file of the replica is kept as it is",
+            )
+        temporary = path.with_name(f".{disk.id}.tree.tmp")
+        self._fs.unlink(temporary)
+        with (
+            FlatImage.open(self._fs, path, self._format, size_bytes=disk.size_bytes, unique_id=disk.id) as image,
+            self._fs.create(temporary) as file,
+        ):
+            tree = MerkleTree(FileNodes(file), disk.leaf_bytes)
+            root_of_content(size_bytes, tree.update(write=True), image.allocated(0, size_bytes), image.read_into)
+            file.sync()
+        self._fs.publish(temporary, self._layout.tree(disk.id))
 
     def _attach(self, disk: Disk) -> None:
         image_path, tree_path = self._layout.image(disk.id), self._layout.tree(disk.id)
