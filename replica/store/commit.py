@@ -34,7 +34,7 @@ recovery is a crash like any other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,10 +91,12 @@ class Committer:
         state: StoreState,
         receipts: ReceiptBook,
         now: Callable[[], Stamp] = lambda: NEVER,
+        named: Callable[[], Iterable[State]] = tuple,
     ) -> None:
-        """`now` is the receiver's time, which a new head is stamped with."""
+        """`now` is the receiver's time, which a new head is stamped with; `named` every state that an inverse names."""
         self._fs = fs
         self._now = now
+        self._named = named
         self._receipts = receipts
         self._layout = layout
         self._keyring = keyring
@@ -227,6 +229,12 @@ class Committer:
             )
         if result.delta_id != delta.delta_id or result.replica_id != head.replica_id:
             raise ProtocolError(f"delta {delta.delta_id} does not lead to a state of this replica named after it")
+        if result.is_empty or any(state.delta_id == delta.delta_id for state in self._named()):
+            # Files, pins, locks and receipts go by that id: two states of one name would take each other's place.
+            raise ProtocolError(
+                f"delta {delta.delta_id} is named like a state that the replica has had",
+                hint="every delta has an id of its own; update the sender",
+            )
         if result.epoch != self.state.epoch or delta.header.epoch != self.state.epoch:
             raise ProtocolError(f"delta {delta.delta_id} is of epoch {result.epoch}, not {self.state.epoch}")
         if result.point != head.point + (0 if result.partial else 1):
@@ -271,7 +279,7 @@ class Committer:
         except RootMismatchError:
             # A tree that rotted where the old leaves' proof does not lead gives a wrong root as well.
             changed = [change.disk_id for change in delta.disks if change.before is not None]
-            if not all([repair.rebuild_tree(disk_id) for disk_id in changed]):
+            if not all(repair.rebuild_tree(disk_id) for disk_id in changed):
                 raise
         self._fs.unlink(temporary)
         try:

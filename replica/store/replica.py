@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import hmac
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -81,7 +82,7 @@ class ReplicaStore:
         self.identity = identity
         self._keyring = Keyring(fs, layout.keys)
         self._marks = Marks(fs, layout)
-        index = PointIndex(fs, layout, self._keyring)
+        self._index = index = PointIndex(fs, layout, self._keyring)
         self.receipts = ReceiptBook(
             fs,
             layout,
@@ -94,8 +95,7 @@ class ReplicaStore:
         self._quiet = threading.Lock()
         self._dropping, self._thinning = threading.Lock(), threading.Lock()
         self._dropper, self._thinner = (
-            Rotator(fs, layout, self._keyring, self._marks, self.receipts, lambda: self._quiet, self._stopping)
-            for _ in "12"
+            Rotator(fs, layout, self._keyring, self._marks, self.receipts, self._settled, self._stopping) for _ in "12"
         )
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
@@ -172,7 +172,17 @@ class ReplicaStore:
             state,
             self.receipts,
             self._marks.now,
+            self._named,
         )
+
+    def _named(self) -> Iterator[State]:
+        """Every state that the head or an inverse names, but for what a commit that was taken back left behind."""
+        chain = self._index.chain()
+        yield chain.state.head
+        for link in (*chain.links, *chain.spare, *chain.strays):
+            if link.result != chain.state.head or link.path != self._layout.point(link.base.delta_id):
+                yield link.base
+            yield link.result
 
     def _attempt_recovery(self) -> None:
         try:
@@ -474,6 +484,13 @@ class ReplicaStore:
         with self._thinning:
             self._ensure_open()
             return self._thinner.thin(policy, at_once=at_once, shed_bytes=shed_bytes)
+
+    @contextmanager
+    def _settled(self) -> Iterator[bool]:
+        """While no commit goes on. False if the replica has stopped: what `state` says may not be durable then, and
+        what it makes look superfluous may be all that a recovery has."""
+        with self._quiet:
+            yield self.stopped is None and self.applying is None
 
     def _stopping(self) -> bool:
         """Whether work behind is to end. While a commit is under way it waits a little: commits go first."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from replica.delta import Keyring
 from replica.durable import FileSystem
@@ -49,6 +50,16 @@ class Rotated:
         return Rotated(
             self.dropped + other.dropped, self.composed + other.composed, self.freed_bytes + other.freed_bytes
         )
+
+
+class _Step(NamedTuple):
+    """What is true while something is removed; `allowed`: whether anything may be."""
+
+    allowed: bool
+    chain: Chain
+    states: list[Kept]
+    now: Stamp
+    removal: Removal
 
 
 def kept_states(chain: Chain, now: Stamp) -> list[Kept]:
@@ -95,10 +106,11 @@ class Rotator:
         keyring: Keyring,
         marks: Marks,
         receipts: ReceiptBook,
-        quiet: Callable[[], AbstractContextManager[object]],
+        quiet: Callable[[], AbstractContextManager[bool]],
         stopping: Callable[[], bool],
     ) -> None:
-        """No commit goes on while `quiet` is held. `stopping` ends a long composition."""
+        """No commit goes on while `quiet` is held; it is False if nothing may be removed. `stopping` ends a long
+        composition."""
         self._fs = fs
         self._layout = layout
         self._keyring = keyring
@@ -114,8 +126,8 @@ class Rotator:
 
         Raises BusyError (a reader is just opening a point), StorageError.
         """
-        with self._step() as (chain, states, now, removal):
-            if chain.torn:
+        with self._step() as (allowed, chain, states, now, removal):
+            if not allowed:
                 return Rotated()
             decision = self._decide(states, policy, now, at_once=at_once, shed_bytes=shed_bytes)
             wanted = {self._ends(states, run) for run in decision.runs}
@@ -165,12 +177,12 @@ class Rotator:
         return decide(states, policy, now, locked, at_once=at_once, shed_bytes=shed_bytes)
 
     @contextmanager
-    def _step(self) -> Iterator[tuple[Chain, list[Kept], Stamp, Removal]]:
+    def _step(self) -> Iterator[_Step]:
         """While this is held the chain, the pins and the locks are as they are now."""
-        with self._quiet(), removing(self._fs, self._layout) as removal, self._marks.held():
+        with self._quiet() as allowed, removing(self._fs, self._layout) as removal, self._marks.held():
             now = self._marks.now()
             chain = self._index.chain()
-            yield chain, kept_states(chain, now), now, removal
+            yield _Step(allowed and not chain.torn, chain, kept_states(chain, now), now, removal)
 
     @staticmethod
     def _ends(states: Sequence[Kept], run: Sequence[DeltaId]) -> tuple[DeltaId, DeltaId]:
@@ -225,10 +237,11 @@ class Rotator:
         return chain.links[first : last + 2]
 
     def _replace(self, temporary: Path, run: tuple[DeltaId, ...], links: tuple[Link, ...]) -> Rotated:
-        with self._step() as (chain, states, now, removal):
+        with self._step() as (allowed, chain, states, now, removal):
             locked = locked_now(self._marks, states, now)
             busy = self._pinned_below(states, run, removal)
-            if busy or self._links(chain, run) != links or any(delta_id in locked for delta_id in run):
+            moved = not allowed or self._links(chain, run) != links
+            if moved or busy or any(delta_id in locked for delta_id in run):
                 self._fs.unlink(temporary)
                 return Rotated()
             before = sum(link.stored_bytes for link in links)

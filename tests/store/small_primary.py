@@ -61,9 +61,9 @@ class SmallPrimary:
     def disk(self, name: str) -> Disk:
         return Disk(self.ids[name], name, len(self.content[name]))
 
-    def make(self, *, partial: bool = False) -> Made:
+    def make(self, *, partial: bool = False, delta_id: DeltaId | None = None) -> Made:
         """Seal the change from the last committed state to the present content; `partial`: as a step, no point."""
-        delta_id = DeltaId(random_id())
+        delta_id = delta_id or DeltaId(random_id())
         disks = sorted((self._disk_state(name) for name in self.content), key=lambda d: d.disk.id.bytes)
         point = self.state.point + (not partial)
         result = State(

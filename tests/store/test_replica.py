@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.durable import File, FileSystem
+from replica.durable import File, FileSystem, SystemCalls
 from replica.errors import (
     BaseMismatchError,
     BusyError,
@@ -25,9 +25,10 @@ from replica.errors import (
     StorageFullError,
     TargetExistsError,
 )
-from replica.model import DeltaId, DiskId, Epoch, random_id
+from replica.model import EMPTY_DELTA_ID, DeltaId, DiskId, Epoch, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, restore_point
 from replica.store.layout import load_state, save_state
+from replica.store.marks import Marks
 from tests.store.small_primary import SmallPrimary
 
 SIZES = {"os": 3_000_001, "data": 9_437_184}
@@ -552,3 +553,113 @@ def test_the_steps_of_a_long_copy_are_no_points(fs: FileSystem, tmp_path: Path) 
     with reader.open_point() as newest:  # through the step that is the head
         assert newest.state.point == 2
     store.close()
+
+
+@pytest.mark.parametrize("thinned", [False, True])
+def test_a_delta_named_like_an_older_state_is_refused(fs: FileSystem, tmp_path: Path, thinned: bool) -> None:
+    """Files, locks and receipts go by that name: it would take a point's place, also a locked one's."""
+    primary = SmallPrimary({"os": 300_001})
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(5):
+        primary.scribble()
+        primary.sync(store)
+    marks = Marks(fs, Layout(store.directory))
+    for point in (1, 3):
+        marks.lock(primary.made[point - 1].delta_id, point, 1 << 62)
+    if thinned:
+        store.rotate(Policy(keep_last=1, hourly=0))
+        assert store.thin(Policy(keep_last=1, hourly=0), at_once=True).composed
+    listed = [info.state.point for info in ReplicaReader(fs, store.directory).points()]
+    for taken in (primary.made[0].delta_id, primary.made[2].delta_id, EMPTY_DELTA_ID):
+        primary.scribble()
+        made = primary.make(delta_id=taken)
+        with pytest.raises(ProtocolError, match="named like"):
+            primary.send(store, made)
+            store.commit(made.delta_id)
+        check_points(fs, store.directory, primary, listed)
+    primary.sync(store)
+
+
+class UnsyncedState(SystemCalls):
+    """From the `due`-th time that `state` gets its name, that name is not made durable, and the sync says so once."""
+
+    def __init__(self) -> None:
+        self.due = 0
+        self.before: dict[Path, bytes] = {}
+        self._failing: Path | None = None
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.name == "state" and self.due:
+            self.due -= 1
+            if not self.due:
+                self._failing = target.parent
+                self.before = {p: p.read_bytes() for p in (target, target.with_name("state.copy"))}
+        super().rename(source, target)
+
+    def fsync(self, descriptor: int) -> None:
+        if self._failing is not None and os.path.samestat(os.fstat(descriptor), self._failing.stat()):
+            self._failing = None
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().fsync(descriptor)
+
+
+@pytest.mark.parametrize("policy", [Policy(keep_last=1, hourly=0), Policy(keep_last=1, hourly=1), Policy()])
+def test_a_replica_that_stopped_gives_nothing_up(tmp_path: Path, policy: Policy) -> None:
+    """The commit's last sync failed: the state that says it is done may be gone with the power, but not its inverse."""
+    calls = UnsyncedState()
+    primary = SmallPrimary({"os": 300_001})
+    store = primary.enrol(FileSystem(calls), tmp_path)
+    for _ in range(4):
+        primary.sync(store)
+    made = primary.make()
+    primary.send(store, made)
+    calls.due = 2  # the first says that it is being applied
+    with pytest.raises(StorageError):
+        store.commit(made.delta_id)
+    assert not store.rotate(policy)
+    assert not store.thin(policy, at_once=True)
+    store.close()
+    for path, data in calls.before.items():
+        path.write_bytes(data)
+    store = ReplicaStore.open(FileSystem(), store.directory)
+    assert store.stopped is None
+    primary.acknowledge(made)
+    check_points(FileSystem(), store.directory, primary, [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("lost", ["tree", "image"])
+@pytest.mark.parametrize("resize", [0, -100_000, 100_000])
+def test_a_cut_commit_and_a_lost_file_of_the_head_lose_no_other(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, resize: int
+) -> None:
+    primary = SmallPrimary({"os": 300_001})
+    store = primary.enrol(fs, tmp_path)
+    primary.content["os"][:] = primary.random.randbytes(300_001)
+    primary.sync(store)
+    primary.scribble(count=1)
+    primary.content["os"] = bytearray(bytes(primary.content["os"])[: 300_001 + resize].ljust(300_001 + resize, b"x"))
+    made = primary.make()
+    primary.send(store, made)
+
+    def cut(*_: object) -> None:
+        raise StorageError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("replica.store.commit.settle", cut)
+        with pytest.raises(StorageError):
+            store.commit(made.delta_id)
+    store.close()
+    layout = Layout(store.directory)
+    path = {"tree": layout.tree, "image": layout.image}[lost](primary.ids["os"])
+    path.rename(tmp_path / "away")
+    store = ReplicaStore.open(fs, store.directory)
+    if lost == "image":
+        assert store.stopped is not None
+        assert layout.tree(primary.ids["os"]).exists()
+        store.close()
+        (tmp_path / "away").rename(path)
+        store = ReplicaStore.open(fs, store.directory)
+    assert store.stopped is None
+    primary.acknowledge(made)
+    check_points(fs, store.directory, primary, [1, 2])
+    assert all(not v.mismatches for v in ReplicaReader(fs, store.directory).verify())
