@@ -65,18 +65,14 @@ def clear(fs: FileSystem, layout: Layout, leaves: Iterable[DamagedLeaves], trees
 
 
 def note_verdicts(fs: FileSystem, layout: Layout, verdicts: Sequence[DiskVerdict]) -> None:
-    """Mark what `verify` found. A mismatch of the whole disk is a tree whose leaves are good and whose root is not."""
+    """Mark what `verify` found."""
     leaves: list[DamagedLeaves] = []
-    trees: list[DiskId] = []
     for verdict in verdicts:
         disk = verdict.disk
-        if verdict.mismatches == ((0, disk.size_bytes),) and disk.count_leaves > 1:
-            trees.append(disk.id)
-            continue
         for offset, length in verdict.mismatches:
             stop = -(-(offset + length) // disk.leaf_bytes)
             leaves.append(DamagedLeaves(disk.id, offset // disk.leaf_bytes, stop))
-    note(fs, layout, leaves, trees)
+    note(fs, layout, leaves, [verdict.disk.id for verdict in verdicts if verdict.tree_unfit])
 
 
 def overlapping(marks: Marks, disk: Disk, start: int, stop: int) -> list[tuple[int, int]]:

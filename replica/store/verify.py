@@ -6,6 +6,10 @@ the leaf was looked at again under the head's lock, when image, tree and state
 belong together. The tree's inner nodes are not trusted either: the root is
 computed again from the leaves and compared with the committed state's.
 
+Where they differ, it is the image that counts as damaged, leaf by leaf, unless
+its own leaves give the committed root: then all that is damaged is the tree
+(`tree_unfit`), which the next commit makes anew, and every byte is there.
+
 It goes window by window and may be cut: what is known so far is in a `DiskMark`
 (`verdicts`), handed out after every window, from which a later run goes on.
 """
@@ -24,7 +28,7 @@ import numpy as np
 from replica.durable import File, FileSystem
 from replica.errors import BusyError
 from replica.images.flat import FlatImage
-from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
+from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests, root_of_content
 from replica.model import Disk, DiskState
 from replica.progress import Progress, silent
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
@@ -39,11 +43,19 @@ SETTLE_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class DiskVerdict:
-    """What was found: `mismatches` are (offset, length) in bytes, leaf by leaf, neighbours joined."""
+    """What was found: `mismatches` are (offset, length) in bytes, leaf by leaf, neighbours joined.
+
+    `tree_unfit`: the image is good, and its tree is not what the committed root says.
+    """
 
     disk: Disk
     checked_bytes: int
     mismatches: tuple[tuple[int, int], ...]
+    tree_unfit: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.mismatches and not self.tree_unfit
 
 
 def verify_head(
@@ -71,7 +83,7 @@ def verify_head(
         if not mark.done:
             with _Checker(fs, layout, head_format, entry.disk) as checker:
                 mark = checker.run(mark, pace, note, _from(progress, done, total))
-        verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found))
+        verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found, mark.tree_unfit))
         done += entry.disk.size_bytes
     return verdicts
 
@@ -122,9 +134,10 @@ class _Checker:
         found = outside(
             mark.found, mark.position, disk.size_bytes
         )  # what is behind it is zero in image and tree by now
-        if not found and not self._tree_is_whole():
-            found = [(0, disk.size_bytes)]
-        mark = msgspec.structs.replace(mark, position=disk.size_bytes, found=bounded(found), done=True)
+        unfit = self._only_the_tree(pace) if found else not self._tree_is_whole()
+        mark = msgspec.structs.replace(
+            mark, position=disk.size_bytes, found=() if unfit else bounded(found), tree_unfit=unfit, done=True
+        )
         note(mark)
         progress(disk.size_bytes)
         return mark
@@ -166,6 +179,24 @@ class _Checker:
         with self._settled() as state:
             committed = state.head.disk(self._disk.id)
             return committed is None or committed.disk != self._disk or self._tree_fits(committed)
+
+    def _only_the_tree(self, pace: Pace) -> bool:
+        """Whether leaves differ because the tree is rotten: the image as it is read has the committed root.
+
+        It is read without a lock: a commit that comes meanwhile gives another root, and so proves nothing.
+        """
+        disk = self._disk
+        with self._settled() as state:
+            committed = state.head.disk(disk.id)
+            if committed is None or committed.disk != disk or self._tree_fits(committed):
+                return False
+
+        def read(offset: int, buffer: memoryview) -> None:
+            self._image.read_into(offset, buffer)
+            pace.take(len(buffer))
+
+        allocated = self._image.allocated(0, disk.size_bytes)
+        return root_of_content(disk.size_bytes, disk.leaf_bytes, allocated, read) == committed.root
 
     @contextmanager
     def _settled(self) -> Iterator[StoreState]:

@@ -51,7 +51,7 @@ class Report:
     @property
     def ok(self) -> bool:
         files = any(mark.found or mark.problem for mark in self.files or ())
-        return not (files or self.receipts or any(verdict.mismatches for verdict in self.disks))
+        return not (files or self.receipts) and all(verdict.ok for verdict in self.disks)
 
 
 def verify_replica(
@@ -116,7 +116,7 @@ class _Round:
     def _verify_head(self) -> list[DiskVerdict]:
         def keep(mark: DiskMark) -> None:
             others = tuple(other for other in self._head.disks if other.disk.id != mark.disk.id)
-            if mark.found and mark.done:
+            if mark.done and (mark.found or mark.tree_unfit):
                 self._mark_damage(mark)
             self._head = msgspec.structs.replace(self._head, disks=(*others, mark))
 
@@ -130,8 +130,9 @@ class _Round:
 
     def _mark_damage(self, mark: DiskMark) -> None:
         """So that the next sync of the machine repairs it."""
+        verdict = DiskVerdict(mark.disk, mark.checked_bytes, mark.found, mark.tree_unfit)
         try:
-            note_verdicts(self._fs, self._layout, [DiskVerdict(mark.disk, mark.checked_bytes, mark.found)])
+            note_verdicts(self._fs, self._layout, [verdict])
         except StorageError as error:
             log.warning("damage of the head cannot be marked for repair: %s", error)
 
