@@ -9,7 +9,10 @@ A point is read through the chain of inverses down to the head (`ChainReader`).
 The head may be rewritten meanwhile, so the order matters: first the head's
 bytes, then a look for inverses that appeared since. An inverse gets its name
 before the first byte of the head changes; so what the head gave is either
-untouched or covered by an inverse that is seen now, and that one wins.
+untouched or covered by an inverse that is seen now, and that one wins. An inverse
+may be gone again by then, where its commit was undone meanwhile; but each of these
+steps replaces the state document first, with a higher serial number. So if there is
+no inverse to be seen and the number is another one, the head is read once more.
 
 A pin keeps the point from being rotated out while it is open (`pins`).
 `ReplicaReader` is not thread-safe; a `PointReader`'s `read_into` is.
@@ -21,6 +24,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -149,7 +153,14 @@ class ReplicaReader:
                     continue
                 state, links = self._find(chain, state.point)
                 reader = PointReader(
-                    self._fs, self.layout, self._keyring, self.identity.head_format, state, links, self._index.copy()
+                    self._fs,
+                    self.layout,
+                    self._keyring,
+                    self.identity.head_format,
+                    state,
+                    links,
+                    chain.state.serial,
+                    self._index.copy(),
                 )
                 undo.pop_all()
             reader.on_close(lock.release)
@@ -210,6 +221,7 @@ class PointReader:
         head_format: HeadFormat,
         state: State,
         links: tuple[Link, ...],
+        serial: int,
         index: PointIndex,
     ) -> None:
         self._fs = fs
@@ -227,19 +239,27 @@ class PointReader:
         self._images: dict[DiskId, FlatImage] = {}
         self._images_of: dict[DiskId, Disk] = {}
         self._marks = damage.load(fs, layout)
+        self._undone = 0
+        """How often the head may have been rewritten and no inverse of it is seen."""
         try:
-            self._chain = self._connect(links)
+            self._chain = self._connect(links, serial)
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, links: tuple[Link, ...]) -> ChainReader:
-        """Open what lies between the point and the head. What was open before stays open until `close`."""
+    def _connect(self, links: tuple[Link, ...], serial: int) -> ChainReader:
+        """Open what lies between the point and the head, as it was found with the state of that number.
+
+        What was open before stays open until `close`.
+        """
+        self._serial, self._connection = serial, object()
         layers = [self._files.layer(link) for link in links]
         self._has_lost = any(link.lost for link in links)
         self._top = links[-1].base if links else self.state
         self._open_images()
-        return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
+        return ChainReader(
+            self._top, layers, self._read_head, partial(self._newer, self._connection), self._head_ranges
+        )
 
     def on_close(self, callback: Callable[[], None]) -> None:
         self._resources.callback(callback)
@@ -269,11 +289,14 @@ class PointReader:
         StorageError, ValueError (outside the disk).
         """
         while True:
-            chain = self._chain
+            chain, undone = self._chain, self._undone
             try:
-                return chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
+                chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
             except MovedError:
                 self._connect_again(chain)
+                continue
+            if undone == self._undone:
+                return
 
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
         """Half-open ranges of the disk's bytes that cannot be had at this point, ascending. Thread-safe.
@@ -307,12 +330,14 @@ class PointReader:
         """Half-open ranges (start, stop) that may hold anything but zeros, ascending; they may touch."""
         for begin in range(start, stop, ALLOCATED_BYTES):
             while True:
-                chain = self._chain
+                chain, undone = self._chain, self._undone
                 try:
                     ranges = list(chain.allocated(disk_id, begin, min(begin + ALLOCATED_BYTES, stop)))
-                    break
                 except MovedError:
                     self._connect_again(chain)
+                    continue
+                if undone == self._undone:
+                    break
             yield from ranges
 
     def _connect_again(self, seen: ChainReader) -> None:
@@ -327,7 +352,7 @@ class PointReader:
                 raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
             self._close_document()
             self._settled = None
-            self._chain = self._connect(found[1])
+            self._chain = self._connect(found[1], chain.state.serial)
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
@@ -362,13 +387,16 @@ class PointReader:
                 length=last - first,
             )
 
-    def _newer(self) -> list[InverseLayer]:
+    def _newer(self, connection: object) -> list[InverseLayer]:
         """Layers for what was applied since the last look, nearest the point first.
 
         A commit replaces the state document before its inverse gets a name, and both before it changes the head. So
-        while that document is the very file that the last look was made with, there is nothing newer.
+        while that document is the very file that the last look was made with, there is nothing newer. MovedError, too,
+        if whoever asks reads through what was connected before.
         """
         with self._mutex:
+            if connection is not self._connection:
+                raise MovedError
             if self._settled is not None and self._settled.has_name():
                 return []
             document = self._fs.open(self._layout.state) if self._fs.exists(self._layout.state) else None
@@ -381,6 +409,9 @@ class PointReader:
                 layers = [self._files.layer(link) for link in links]
                 self._has_lost |= any(link.lost for link in links)
                 self._top = chain.top
+                if chain.state.serial != self._serial:
+                    self._serial = chain.state.serial
+                    self._undone += not layers
                 between = chain.state.applying is not None and chain.undoing is None
                 if document is not None and document.has_name() and not between:
                     document, self._settled = self._settled, document
