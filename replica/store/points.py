@@ -26,7 +26,7 @@ from typing import NamedTuple
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
-from replica.model import NEVER, DeltaId, Stamp, State
+from replica.model import NEVER, DeltaId, DiskId, Stamp, State
 from replica.store.layout import Layout, StoreState, load_state
 
 LOOKS = 100
@@ -107,6 +107,19 @@ class Chain:
             if link.result.is_point and point in (None, link.result.point):
                 return link.result, tuple(found)
         return None
+
+    @property
+    def from_head(self) -> dict[DeltaId, frozenset[DiskId]]:
+        """For the states on the way, and the head's: the disks that they may read from the head's images.
+
+        One that was not there in between is another disk by now, though it has the same id.
+        """
+        disks = frozenset(entry.disk.id for entry in self.top.disks)
+        found = {self.top.delta_id: disks}
+        for link in self.links:
+            disks &= {entry.disk.id for entry in link.result.disks}
+            found[link.result.delta_id] = disks
+        return found
 
     @property
     def points(self) -> tuple[State, ...]:

@@ -42,7 +42,7 @@ from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pins import pin
-from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
+from replica.store.points import LOOKS, Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles
 from replica.store.verify import DiskVerdict, verify_head
 from replica.store.verify_round import known_damage, with_damage
@@ -83,15 +83,15 @@ class ReplicaReader:
 
     def points(self) -> list[PointInfo]:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
-        chain = self._index.chain()
+        chain, readable = self._look()
         head = chain.state.head
         infos = [
-            PointInfo(link.result, link.stored_bytes, not chain.torn, link.committed)
+            PointInfo(link.result, link.stored_bytes, link.result.delta_id in readable, link.committed)
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain), chain.state.committed))
+            infos.append(PointInfo(head, self._head_bytes(head), head.delta_id in readable, chain.state.committed))
         if any(link.lost for link in chain.links) or self.marks.leaves:
             infos = [self._with_lost(info) for info in infos]
         known = {info.state.delta_id for info in infos}
@@ -136,10 +136,17 @@ class ReplicaReader:
                 continue
         return total
 
-    def _head_usable(self, chain: Chain) -> bool:
-        """Whether every image is there that the newest point is read from (while it is being undone: fewer)."""
-        kept = [entry.disk.id for entry in chain.state.head.disks if chain.top.disk(entry.disk.id) is not None]
-        return not chain.torn and all(self._fs.exists(self.layout.image(disk_id)) for disk_id in kept)
+    def _look(self) -> tuple[Chain, set[DeltaId]]:
+        """The chain, and the states on it that can be read as far as the head has the images that they need."""
+        for _ in range(LOOKS):
+            chain = self._index.chain()
+            needed = chain.from_head
+            images = frozenset[DiskId]().union(*needed.values())
+            missing = {disk_id for disk_id in images if not self._fs.exists(self.layout.image(disk_id))}
+            if not missing or load_state(self._fs, self.layout) == chain.state:
+                break  # else a disk was removed just now, and its image with it
+        readable = {delta_id for delta_id, disks in needed.items() if not disks & missing}
+        return chain, set() if chain.torn else readable
 
     def open_point(self, number: int | None = None) -> PointReader:
         """Open a point (the newest without a number), pinned. PointGoneError if it is not listed."""
