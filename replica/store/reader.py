@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,16 +159,19 @@ class ReplicaReader:
                 if chain.to(state.point) is None and number is None:
                     continue
                 state, links = self._find(chain, state.point)
-                reader = PointReader(
-                    self._fs,
-                    self.layout,
-                    self._keyring,
-                    self.identity.head_format,
-                    state,
-                    links,
-                    chain.state.serial,
-                    self._index.copy(),
-                )
+                try:
+                    reader = PointReader(
+                        self._fs,
+                        self.layout,
+                        self._keyring,
+                        self.identity.head_format,
+                        state,
+                        links,
+                        chain.state.serial,
+                        self._index.copy(),
+                    )
+                except MovedError:
+                    continue
                 undo.pop_all()
             reader.on_close(lock.release)
             return reader
@@ -263,7 +266,7 @@ class PointReader:
         layers = [self._files.layer(link) for link in links]
         self._has_lost = any(link.lost for link in links)
         self._top = links[-1].base if links else self.state
-        self._open_images()
+        self._open_images(links)
         return ChainReader(
             self._top, layers, self._read_head, partial(self._newer, self._connection), self._head_ranges
         )
@@ -359,19 +362,32 @@ class PointReader:
                 raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
             self._close_document()
             self._settled = None
-            self._chain = self._connect(found[1], chain.state.serial)
+            with suppress(MovedError):  # once more: whoever asked tries the chain of before, which says so again
+                self._chain = self._connect(found[1], chain.state.serial)
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
         return image.allocated(start, stop) if image is not None else iter(())
 
-    def _open_images(self) -> None:
-        """The head's disks as they were when the layers were opened; later changes of size come as layers."""
+    def _open_images(self, links: tuple[Link, ...]) -> None:
+        """The head's disks as they were when the layers were opened; later changes of size come as layers.
+
+        Only those that are there all the way from the head to the point: others are not read, and one that was added
+        since may not be made yet. MovedError if one was removed just now.
+        """
+        there = {entry.disk.id for entry in self.state.disks}
+        for link in links:
+            there &= {entry.disk.id for entry in link.base.disks}
         for entry in self._top.disks:
-            if self.state.disk(entry.disk.id) is None:
-                continue  # added since this point, and perhaps not made yet
+            if entry.disk.id not in there:
+                continue
             disk, path = entry.disk, self._layout.image(entry.disk.id)
-            image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            try:
+                image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            except StorageError:
+                if not self._fs.exists(path) and load_state(self._fs, self._layout).serial != self._serial:
+                    raise MovedError from None
+                raise
             self._images_of[disk.id] = disk
             self._images[disk.id] = self._resources.enter_context(image)
 
