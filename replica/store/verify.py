@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -99,27 +99,34 @@ class _Checker:
         self._fs = fs
         self._layout = layout
         self._disk = disk
-        self._image = FlatImage.open(fs, layout.image(disk.id), head_format, size_bytes=disk.size_bytes)
+        self._head_format: HeadFormat = head_format
+        self._resources = ExitStack()
         try:
-            self._tree_file: File = fs.open(layout.tree(disk.id))
+            self._open()
         except BaseException:
-            self._image.close()
+            self._resources.close()
             raise
+
+    def _open(self) -> None:
+        disk = self._disk
+        image = FlatImage.open(self._fs, self._layout.image(disk.id), self._head_format, size_bytes=disk.size_bytes)
+        self._image = self._resources.enter_context(image)
+        self._tree_file: File = self._fs.open(self._layout.tree(disk.id))
+        self._resources.callback(self._tree_file.close)
         self._tree = MerkleTree(FileNodes(self._tree_file), disk.leaf_bytes)
 
     def __enter__(self) -> _Checker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._image.close()
-        self._tree_file.close()
+        self._resources.close()
 
     def run(
         self, mark: DiskMark, pace: Pace, note: Callable[[DiskMark], None], progress: Callable[[int], None]
     ) -> DiskMark:
         disk, leaf = self._disk, self._disk.leaf_bytes
         self._image.drop_cache()  # what counts is what the device gives back
-        for offset, length in _windows(disk, self._ranges(mark.position), mark.position):
+        for offset, length in self._windows(mark.position):
             first = offset // leaf
             suspects = (first + self.differing(offset, length)).tolist()
             end = offset + length
@@ -142,8 +149,20 @@ class _Checker:
         progress(disk.size_bytes)
         return mark
 
+    def _windows(self, reached: int) -> Iterator[tuple[int, int]]:
+        """What is to be read from `reached` on; found out anew when there are other files."""
+        while True:
+            tree = self._tree
+            for offset, length in _windows(self._disk, self._ranges(reached), reached):
+                reached = offset + length
+                yield offset, length
+                if self._tree is not tree:
+                    break
+            else:
+                return
+
     def _ranges(self, start: int) -> Iterator[tuple[int, int]]:
-        """Where image or tree are not zero, in bytes, window by window."""
+        """Where image or tree are not zero, in bytes."""
         return _merged(self._image.allocated(start, self._disk.size_bytes), self._tree_ranges())
 
     def _tree_ranges(self) -> Iterator[tuple[int, int]]:
@@ -200,11 +219,16 @@ class _Checker:
 
     @contextmanager
     def _settled(self) -> Iterator[StoreState]:
-        """Hold the head still, between two commits."""
+        """Hold the head still, between two commits, and look at the files that are its own now.
+
+        A tree that was made anew has the old one's name, and a disk that was removed and came again has other files:
+        what was opened before is nobody's any more, and would differ with every commit.
+        """
         for _ in range(SETTLE_TRIES):
             with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
                 state = load_state(self._fs, self._layout)
                 if state.applying is None:
+                    self._open_again(state)
                     yield state
                     return
             time.sleep(SETTLE_SECONDS)
@@ -212,6 +236,14 @@ class _Checker:
             f"the head in {self._layout.root} is in the middle of a commit that nobody goes on with",
             hint="start 'replica serve', which finishes it, and verify again; every point can be restored meanwhile",
         )
+
+    def _open_again(self, state: StoreState) -> None:
+        entry = state.head.disk(self._disk.id)
+        if entry is None or entry.disk != self._disk:
+            return
+        if not (self._image.has_name() and self._tree_file.has_name()):
+            self._open()
+            self._image.drop_cache()
 
     def _tree_fits(self, committed: DiskState) -> bool:
         """Whether the stored leaves and the stored root both give the committed root."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from replica.durable import FileSystem
-from replica.store import Layout, ReplicaReader, ReplicaStore
+from replica.store import Layout, ReplicaReader, ReplicaStore, damage
 from replica.store.verify_round import verify_replica
 from tests.store.small_primary import SmallPrimary
 
@@ -61,3 +63,31 @@ def test_a_disk_of_no_bytes_may_have_a_damaged_tree(tmp_path: Path) -> None:
     primary.content["data"][5] ^= 1
     primary.sync(store)
     assert verify_replica(FS, layout).ok
+
+
+@pytest.mark.parametrize("how", ["tree made anew", "disk removed and added again"])
+def test_files_that_are_replaced_while_they_are_verified_are_no_damage(tmp_path: Path, how: str) -> None:
+    primary, store, layout = replica(tmp_path, {"os": 700 * LEAF, "data": LEAF})
+    done = [0]
+
+    def replace_files(count: int, _total: int) -> None:
+        if done[0] or not count:
+            return
+        done[0] = count
+        if how == "tree made anew":
+            damage.note(FS, layout, (), [primary.ids["os"]])
+        else:
+            content = primary.content.pop("os")
+            primary.sync(store)
+            primary.content["os"] = content
+        rewrite(primary)
+        primary.content["os"][600 * LEAF : 690 * LEAF] = bytes(90 * LEAF)
+        primary.sync(store)
+        rewrite(primary)
+        primary.sync(store)
+
+    report = verify_replica(FS, layout, replace_files)
+    assert 0 < done[0] < 700 * LEAF
+    assert report.ok and not ReplicaReader(FS, store.directory).marks.leaves
+    read = next(v.checked_bytes for v in report.disks if v.disk.name == "os")
+    assert read == 700 * LEAF
