@@ -33,12 +33,15 @@ from replica.model import Disk, DiskState
 from replica.progress import Progress, silent
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pace import Pace
-from replica.store.verdicts import DiskMark, bounded, outside
+from replica.store.verdicts import DiskMark, Ranges, bounded, outside
 
 WINDOW_BYTES = 4 << 20
 SETTLE_TRIES = 100
 SETTLE_SECONDS = 0.1
 """A commit that is at work has the head's lock most of the time; these bridge the moments before and after."""
+
+
+Damaged = Callable[[Disk, Ranges], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,11 @@ def verify_head(
     pace: Pace | None = None,
     marks: Sequence[DiskMark] = (),
     note: Callable[[DiskMark], None] = lambda _mark: None,
+    damaged: Damaged = lambda _disk, _ranges: None,
 ) -> list[DiskVerdict]:
     """Check every disk of the head, or what `marks` leave of it. `note` is told how far it is.
 
+    `damaged` is told (offset, length) of the rotten leaves of a window as soon as they are, while the head is still.
     Raises StorageError if something cannot be read at all, BusyError if a commit was cut and nobody finishes it.
     """
     head_format = read_identity(fs, layout).head_format
@@ -81,7 +86,7 @@ def verify_head(
     for entry in head.disks:
         mark = known.get(entry.disk, DiskMark(entry.disk))
         if not mark.done:
-            with _Checker(fs, layout, head_format, entry.disk) as checker:
+            with _Checker(fs, layout, head_format, entry.disk, damaged) as checker:
                 mark = checker.run(mark, pace, note, _from(progress, done, total))
         verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found, mark.tree_unfit))
         done += entry.disk.size_bytes
@@ -95,8 +100,9 @@ def _from(progress: Progress, base: int, total: int) -> Callable[[int], None]:
 class _Checker:
     """One disk's check."""
 
-    def __init__(self, fs: FileSystem, layout: Layout, head_format: HeadFormat, disk: Disk) -> None:
+    def __init__(self, fs: FileSystem, layout: Layout, head_format: HeadFormat, disk: Disk, damaged: Damaged) -> None:
         self._fs = fs
+        self._damaged = damaged
         self._layout = layout
         self._disk = disk
         self._head_format: HeadFormat = head_format
@@ -192,6 +198,8 @@ class _Checker:
                 length = min(leaf, disk.size_bytes - offset)
                 if len(self.differing(offset, length)):
                     wrong.append((offset, length))
+            if wrong:
+                self._damaged(disk, bounded(wrong))  # before a commit may replace them, which takes the marks away
         return wrong
 
     def _tree_is_whole(self) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from replica.durable import FileSystem
+from replica.model import DamagedLeaves
 from replica.store import Layout, ReplicaReader, ReplicaStore, damage
 from replica.store.verify_round import verify_replica
+from tests.damage.damage_lab import flip
 from tests.store.small_primary import SmallPrimary
 
 FS = FileSystem()
@@ -91,3 +93,23 @@ def test_files_that_are_replaced_while_they_are_verified_are_no_damage(tmp_path:
     assert report.ok and not ReplicaReader(FS, store.directory).marks.leaves
     read = next(v.checked_bytes for v in report.disks if v.disk.name == "os")
     assert read == 700 * LEAF
+
+
+def test_what_was_found_is_marked_when_a_verification_is_cut(tmp_path: Path) -> None:
+    primary, store, layout = replica(tmp_path, {"os": 700 * LEAF})
+    for leaf in (3, 5, 600):
+        flip(layout.image(primary.ids["os"]), leaf * LEAF)
+
+    def cut(done: int, _total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_replica(FS, layout, cut)
+    os = primary.ids["os"]
+    assert store.damaged == (DamagedLeaves(os, 3, 4), DamagedLeaves(os, 5, 6))
+    assert not ReplicaReader(FS, store.directory).points()[-1].restorable
+    flip(layout.image(os), 5 * LEAF)  # repaired meanwhile, and its mark is taken away
+    damage.clear(FS, layout, [DamagedLeaves(os, 5, 6)])
+    verify_replica(FS, layout)
+    assert store.damaged == (DamagedLeaves(os, 3, 4), DamagedLeaves(os, 600, 601))
