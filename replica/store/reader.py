@@ -41,6 +41,7 @@ from replica.store import damage
 from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
+from replica.store.lost import Found, Losses, losses
 from replica.store.pins import pin
 from replica.store.points import LOOKS, Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles
@@ -83,7 +84,13 @@ class ReplicaReader:
 
     def points(self) -> list[PointInfo]:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
-        chain, readable = self._look()
+        while True:
+            chain, readable = self._look()
+            try:
+                lost = losses(self._fs, self._keyring, chain, self.marks)
+                break
+            except MovedError:  # an inverse went just now, or its name is another one's
+                self._index = PointIndex(self._fs, self.layout, self._keyring)
         head = chain.state.head
         infos = [
             PointInfo(link.result, link.stored_bytes, link.result.delta_id in readable, link.committed)
@@ -92,8 +99,7 @@ class ReplicaReader:
         ]
         if head.is_point:
             infos.append(PointInfo(head, self._head_bytes(head), head.delta_id in readable, chain.state.committed))
-        if any(link.lost for link in chain.links) or self.marks.leaves:
-            infos = [self._with_lost(info) for info in infos]
+        infos = [_with_lost(info, lost[info.state.delta_id]) for info in infos]
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -102,19 +108,6 @@ class ReplicaReader:
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
         infos.sort(key=lambda info: info.state.point)
         return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
-
-    def _with_lost(self, info: PointInfo) -> PointInfo:
-        """The point with what of it is lost: in an inverse on the way to it, or in the head."""
-        ranges: list[LostRange] = []
-        try:
-            with self.open_point(info.state.point) as point:
-                for disk in point.disks:
-                    ranges += [LostRange(disk.name, a, b - a) for a, b in point.lost(disk.id)]
-        except PointGoneError:  # rotated out just now
-            return info
-        except (DamageError, StorageError):
-            return replace(info, restorable=False)
-        return replace(info, restorable=info.restorable and not ranges, lost=tuple(ranges[:MAX_LOST_RANGES]))
 
     @property
     def marks(self) -> Marks:
@@ -209,6 +202,16 @@ class ReplicaReader:
         raise PointGoneError(
             f"machine {machine!r} has no point {number}", hint=f"its points are {min(numbers)} to {max(numbers)}"
         )
+
+
+def _with_lost(info: PointInfo, found: Found) -> PointInfo:
+    """The point with what of it is lost: in an inverse on the way to it, or in the head."""
+    if not found:
+        return info
+    ranges: list[LostRange] = []
+    for entry in info.state.disks:
+        ranges += [LostRange(entry.disk.name, a, b - a) for a, b in found.get(entry.disk.id, Losses()).gone]
+    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]))
 
 
 def _refuse_torn(chain: Chain, layout: Layout) -> None:
