@@ -171,12 +171,17 @@ class ChainReader:
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
                     asked_head = True
-                    self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
+                    try:
+                        self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
+                    except LostError:
+                        if not self.grew(len(layers)):
+                            raise
+                        break  # what is being rewritten there is in an inverse by now
                 elif run.layer != GONE:
                     self._copy(layers[run.layer], run, part)
                 elif not lost_as_zeros:
                     raise self._lost(disk, run)
-            if not asked_head or not self._grew(layers):
+            if not asked_head or not self.grew(len(layers)):
                 return
 
     def _ask_head(self, disk_id: DiskId, start: int, part: memoryview, *, lost_as_zeros: bool) -> None:
@@ -224,7 +229,7 @@ class ChainReader:
         for begin in range(start, stop, ALLOCATED_BYTES):
             end = min(begin + ALLOCATED_BYTES, stop)
             of_head = list(self._head_ranges(disk_id, begin, end))
-            self._grew(self._layers)
+            self.grew(self.depth)
             layers = self._layers
             runs = self._resolve(layers, disk, begin, end)
             answered = ((run.start, run.stop) for run in runs if run.layer < len(layers))
@@ -237,12 +242,12 @@ class ChainReader:
             raise ValueError(f"bytes {start} to {stop} are not inside a disk of state {self.state.delta_id}")
         return found.disk
 
-    def _grew(self, seen: tuple[Layer, ...]) -> bool:
-        """Whether there are layers now that a read with `seen` did not know."""
+    def grew(self, depth: int) -> bool:
+        """Whether there are more layers now than `depth`; asks `newer` if that is not known."""
         with self._lock:
-            if self._layers is seen:
+            if len(self._layers) == depth:
                 self._append(self._newer())
-            return len(self._layers) > len(seen)
+            return len(self._layers) > depth
 
     def _resolve(self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int) -> list[Run]:
         """Runs that cover all of [start, stop) that is not zero, ascending. DamageError if a segment does not open."""

@@ -42,6 +42,7 @@ from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.lost import Found, Losses, losses
+from replica.store.marked import MarkedLeaves
 from replica.store.pins import pin
 from replica.store.points import LOOKS, Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles
@@ -251,7 +252,8 @@ class PointReader:
         self._resources.callback(self._close_document)
         self._images: dict[DiskId, FlatImage] = {}
         self._images_of: dict[DiskId, Disk] = {}
-        self._marks = damage.load(fs, layout)
+        self._marked = MarkedLeaves(fs, layout)
+        self._resources.callback(self._marked.close)
         self._undone = 0
         """How often the head may have been rewritten and no inverse of it is seen."""
         try:
@@ -308,36 +310,44 @@ class PointReader:
             except MovedError:
                 self._connect_again(chain)
                 continue
+            except LostError:
+                if undone == self._undone:
+                    raise
+                continue
             if undone == self._undone:
                 return
 
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
         """Half-open ranges of the disk's bytes that cannot be had at this point, ascending. Thread-safe.
 
-        Nobody has them any more, or they are read from a leaf of the head that is known to be damaged: that one the
-        next sync may repair.
+        Nobody has them any more, or they are read from a leaf of the head that is damaged: that one the next sync may
+        repair. Every marked leaf that the point reads is looked at for it (`marked`).
         """
         entry = self.state.disk(disk_id)
         if entry is None:
             raise ValueError(f"state {self.state.delta_id} has no disk {disk_id}")
         while True:
             chain = self._chain
+            depth = chain.depth
             try:
                 gone = list(chain.lost(disk_id, 0, entry.disk.size_bytes)) if self._has_lost else []
-                return list(union(gone, self._damaged_in_head(chain, entry.disk)))
+                damaged = list(self._damaged_in_head(chain, depth, entry.disk))
+                if damaged and chain.grew(depth):
+                    continue  # what is being rewritten is not what the tree says, and not what this point reads
+                return list(union(gone, damaged))
             except MovedError:
                 self._connect_again(chain)
 
-    def _damaged_in_head(self, chain: ChainReader, disk: Disk) -> Iterator[tuple[int, int]]:
-        """Marked bytes of the head that this point reads."""
+    def _damaged_in_head(self, chain: ChainReader, depth: int, disk: Disk) -> Iterator[tuple[int, int]]:
+        """Bytes of rotten leaves of the head that this point reads."""
         of_head = self._images_of.get(disk.id)
         if of_head is None:
             return
-        marks = damage.load(self._fs, self._layout)
-        for start, stop in damage.overlapping(marks, of_head, 0, disk.size_bytes):
-            for run in chain.runs(disk.id, start, min(stop, disk.size_bytes)):
-                if run.layer == chain.depth:
-                    yield run.start, run.stop
+        self._marked.load()
+        for start, stop in self._marked.ranges(of_head, 0, min(disk.size_bytes, of_head.size_bytes)):
+            for run in chain.runs(disk.id, start, stop):
+                if run.layer == depth:
+                    yield from self._marked.rotten(of_head, self._images[disk.id], run.start, run.stop)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges (start, stop) that may hold anything but zeros, ascending; they may touch."""
@@ -399,12 +409,12 @@ class PointReader:
         self._images[disk_id].read_into(offset, buffer)
 
     def _refuse_damaged(self, disk_id: DiskId, start: int, stop: int) -> None:
-        """LostError if the head is known to be damaged there, and was not repaired meanwhile."""
+        """LostError if the head is damaged there: a leaf is marked, and not good after all."""
         disk = self._images_of[disk_id]
-        if not damage.overlapping(self._marks, disk, start, stop):
+        if not self._marked.ranges(disk, start, stop):
             return
-        self._marks = damage.load(self._fs, self._layout)
-        for first, last in damage.overlapping(self._marks, disk, start, stop):
+        self._marked.load()
+        for first, last in self._marked.rotten(disk, self._images[disk_id], start, stop):
             raise LostError(
                 f"disk {disk.name!r} of the head is damaged: {last - first} bytes at {first}",
                 hint="the next sync of the machine repairs it; points that do not read them can be restored",
