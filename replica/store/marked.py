@@ -5,8 +5,8 @@ by a commit, since it was marked. So nobody is refused a byte, or given zeros fo
 is hashed and compared with the tree. What differs is rotten, and so is all that is marked of a disk whose tree is
 marked itself or cannot be read, since nothing speaks for it.
 
-A commit under way makes leaves differ for a moment. Whoever reads looks for its inverse afterwards, as for any byte of
-the head (`reader`).
+A commit under way makes leaves differ. Whoever reads looks for its inverse afterwards, as for any byte of the head
+(`reader`); what that does not have, since the leaf is rewritten in part, is refused until the commit is done.
 """
 
 from __future__ import annotations
