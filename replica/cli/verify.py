@@ -85,6 +85,7 @@ def _fields(report: Report) -> dict[str, object]:
                 "bytes": v.disk.size_bytes,
                 "bytes_read": v.checked_bytes,
                 "mismatches": [{"offset": offset, "length": length} for offset, length in v.mismatches],
+                "tree_unfit": v.tree_unfit,
             }
             for v in report.disks
         },
@@ -116,6 +117,7 @@ def _print(report: Report) -> None:
     for v in report.disks:
         bad = sum(length for _, length in v.mismatches)
         text = f"{len(v.mismatches)} ranges with {size(bad)} differ" if bad else "as it should be"
+        text = "as it should be, but its Merkle tree is damaged" if v.tree_unfit else text
         click.echo(f"{v.disk.name}: {size(v.disk.size_bytes)}, {size(v.checked_bytes)} read: {text}")
         for offset, length in v.mismatches:
             click.echo(f"  bytes {offset} to {offset + length - 1}")
@@ -145,6 +147,9 @@ def _what(machine: str, report: Report) -> str:
     disks = ", ".join(v.disk.name for v in report.disks if v.mismatches)
     if disks:
         parts.append(f"the head of {machine} is damaged on disk {disks}")
+    trees = ", ".join(v.disk.name for v in report.disks if v.tree_unfit)
+    if trees:
+        parts.append(f"the Merkle tree of {machine} is damaged on disk {trees}, its content is not")
     numbers = sorted({p.state.point for p in report.points})
     if numbers:
         parts.append(f"points that read through damage: {', '.join(map(str, numbers))}")
@@ -159,4 +164,6 @@ def _what(machine: str, report: Report) -> str:
 def _hint(report: Report) -> str:
     if any(v.mismatches for v in report.disks):
         return "the next sync of the machine sends it again; check the storage below it"
+    if any(v.tree_unfit for v in report.disks):
+        return "the next sync of the machine makes the tree anew; check the storage below it"
     return "check the storage below it; every other point can be restored"

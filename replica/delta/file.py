@@ -160,6 +160,11 @@ class DeltaFileReader:
         end = low + int(np.searchsorted(part["first"], np.uint64(stop), "left"))
         return range(begin, max(begin, end))
 
+    def span(self, number: int) -> tuple[int, int]:
+        """First grain of a segment, and the one behind its last, as the manifest says."""
+        entry = self.manifest.entry(number)
+        return entry.first, entry.last + 1
+
     def verify(self, progress: Progress = silent) -> None:
         """Read and open everything. DamageError or FormatError at the first thing that is not as sealed."""
         done = 0

@@ -1,4 +1,4 @@
-"""Half-open ranges (start, stop) of whatever is counted: ascending streams of them, joined and intersected."""
+"""Half-open ranges (start, stop) of whatever is counted: ascending streams of them, joined, intersected, cut out."""
 
 from __future__ import annotations
 
@@ -33,3 +33,20 @@ def intersection(one: Iterable[Range], other: Iterable[Range]) -> Iterator[Range
             a = next(ones, None)
         else:
             b = next(others, None)
+
+
+def difference(one: Iterable[Range], other: Iterable[Range]) -> Iterator[Range]:
+    """What of an ascending stream of disjoint ranges is not in another one. Lazy."""
+    holes = iter(other)
+    hole = next(holes, None)
+    for start, stop in one:
+        at = start
+        while hole is not None and hole[0] < stop:
+            if at < hole[0]:
+                yield at, hole[0]
+            at = max(at, hole[1])
+            if hole[1] > stop:
+                break
+            hole = next(holes, None)
+        if at < stop:
+            yield at, stop

@@ -15,7 +15,8 @@ again with them: what was overwritten is in one of them.
 
 Who answers is found once per region of the disk (`owners`) and kept, with tables
 and chunks, in a cache of bounded size: a small read costs one chunk at any depth,
-and a large one opens each chunk once.
+and a large one opens each chunk once. A damaged segment is met only by who reads
+grains of it that no nearer layer has.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ import numpy.typing as npt
 from replica.delta.cache import Cache
 from replica.delta.change import DiskChange
 from replica.delta.extents import DATA, Rows, as_bytes
-from replica.delta.owners import GONE, NOBODY, REGION_GRAINS, Runs, Sizes, merge
+from replica.delta.owners import BROKEN, GONE, NOBODY, REGION_GRAINS, Runs, Sizes, merge
 from replica.delta.ranges import intersection, union
 from replica.delta.segment import Table
-from replica.errors import BaseMismatchError, LostError
+from replica.errors import BaseMismatchError, DamageError, LostError
 from replica.model import Disk, DiskId, State
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class Layer(Protocol):
     def disks(self) -> tuple[DiskChange, ...]: ...
     def overlapping(self, disk: int, first: int, stop: int) -> range:
         """Numbers of the segments of disk `disk` that may touch grains [first, stop)."""
+        ...
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First grain of a segment, and the one behind its last."""
         ...
 
     def table(self, number: int) -> Table: ...
@@ -166,12 +171,17 @@ class ChainReader:
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
                     asked_head = True
-                    self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
+                    try:
+                        self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
+                    except LostError:
+                        if not self.grew(len(layers)):
+                            raise
+                        break  # what is being rewritten there is in an inverse by now
                 elif run.layer != GONE:
                     self._copy(layers[run.layer], run, part)
                 elif not lost_as_zeros:
                     raise self._lost(disk, run)
-            if not asked_head or not self._grew(layers):
+            if not asked_head or not self.grew(len(layers)):
                 return
 
     def _ask_head(self, disk_id: DiskId, start: int, part: memoryview, *, lost_as_zeros: bool) -> None:
@@ -219,7 +229,7 @@ class ChainReader:
         for begin in range(start, stop, ALLOCATED_BYTES):
             end = min(begin + ALLOCATED_BYTES, stop)
             of_head = list(self._head_ranges(disk_id, begin, end))
-            self._grew(self._layers)
+            self.grew(self.depth)
             layers = self._layers
             runs = self._resolve(layers, disk, begin, end)
             answered = ((run.start, run.stop) for run in runs if run.layer < len(layers))
@@ -232,33 +242,35 @@ class ChainReader:
             raise ValueError(f"bytes {start} to {stop} are not inside a disk of state {self.state.delta_id}")
         return found.disk
 
-    def _grew(self, seen: tuple[Layer, ...]) -> bool:
-        """Whether there are layers now that a read with `seen` did not know."""
+    def grew(self, depth: int) -> bool:
+        """Whether there are more layers now than `depth`; asks `newer` if that is not known."""
         with self._lock:
-            if self._layers is seen:
+            if len(self._layers) == depth:
                 self._append(self._newer())
-            return len(self._layers) > len(seen)
+            return len(self._layers) > depth
 
     def _resolve(self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int) -> list[Run]:
-        """Runs that cover all of [start, stop) that is not zero, ascending."""
+        """Runs that cover all of [start, stop) that is not zero, ascending. DamageError if a segment does not open."""
         found: list[Run] = []
         grain = disk.grain_bytes
         head_stop = min(stop, _size_of(layers[-1].base if layers else self.state, disk.id))
         region_bytes = REGION_GRAINS * grain
         for region in range(start // region_bytes, -(-stop // region_bytes)):
-            runs = self._region(layers, disk, region)
+            runs, errors = self._region(layers, disk, region)
             low = int(np.searchsorted(runs["stop"], start // grain, "right"))
             high = int(np.searchsorted(runs["first"], -(-stop // grain), "left"))
             for first, last, place, layer, number in runs[low:high].tolist():
                 begin, end = max(start, first * grain), min(stop, last * grain)
                 if layer == len(layers):
                     end = min(end, head_stop)
+                if layer == BROKEN and begin < end:
+                    raise errors[number]
                 if layer != NOBODY and begin < end:
                     found.append(Run(begin, end, layer, number, place * grain + begin - first * grain))
         return found
 
-    def _region(self, layers: tuple[Layer, ...], disk: Disk, region: int) -> Runs:
-        """The merged layers over one region of the disk. Made once, kept in the cache."""
+    def _region(self, layers: tuple[Layer, ...], disk: Disk, region: int) -> tuple[Runs, list[DamageError]]:
+        """The merged layers over one region of the disk. Made once, kept in the cache unless something is broken."""
         key = (-1, disk.id.int, region, len(layers))
         runs = self._cache.get(key)
         if not isinstance(runs, np.ndarray):
@@ -269,21 +281,24 @@ class ChainReader:
             sizes = Sizes(tuple(c.base_grains if c else 0 for c in changes), tuple(c is not None for c in changes))
             head_grains = -(-_size_of(layers[-1].base if layers else self.state, disk.id) // disk.grain_bytes)
 
-            def rows_of(index: int, first: int, stop: int) -> list[tuple[int, Rows, npt.NDArray[np.int64]]]:
+            def spans_of(index: int, first: int, stop: int) -> list[tuple[int, int, int]]:
                 place = places[index]
                 assert place is not None
-                parts = []
-                for number in layers[index].overlapping(place, first, stop):
-                    opened = self._open(index, layers[index], number)
-                    low = int(np.searchsorted(opened.stops, np.uint64(first), "right"))
-                    high = int(np.searchsorted(opened.table.extents["first"], np.uint64(stop), "left"))
-                    if low < high:
-                        parts.append((number, opened.table.extents[low:high], opened.payload_starts[low:high]))
-                return parts
+                return [
+                    (number, *layers[index].span(number)) for number in layers[index].overlapping(place, first, stop)
+                ]
 
-            runs = merge(disk, first, stop, sizes, head_grains, rows_of)
+            def rows_of(index: int, number: int, first: int, stop: int) -> tuple[Rows, npt.NDArray[np.int64]]:
+                opened = self._open(index, layers[index], number)
+                low = int(np.searchsorted(opened.stops, np.uint64(first), "right"))
+                high = int(np.searchsorted(opened.table.extents["first"], np.uint64(stop), "left"))
+                return opened.table.extents[low:high], opened.payload_starts[low:high]
+
+            runs, errors = merge(disk, first, stop, sizes, head_grains, spans_of, rows_of)
+            if errors:
+                return runs, errors
             self._cache.put(key, runs, runs.nbytes + 256)
-        return runs
+        return runs, []
 
     def _open(self, index: int, layer: Layer, number: int) -> _Opened:
         key = (index, number)

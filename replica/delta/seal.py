@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from replica.delta.header import COMMITMENT_BYTES, SALT_BYTES, Header
 from replica.delta.keys import DataKey, Keyring, KeySource
-from replica.errors import DamageError, KeyMissingError
+from replica.errors import DamageError, FormatError, KeyMissingError
 from replica.model import DeltaId, Epoch, ReplicaId
 
 if TYPE_CHECKING:
@@ -118,11 +118,18 @@ class Sealer:
 class Opener:
     """Opens what the `Sealer` with this header sealed. Thread-safe.
 
-    KeyMissingError if `keys` has no such key, or one that did not seal this file.
+    KeyMissingError if `keys` has no such key, one that is damaged, or one that did not seal this file: nothing is said
+    of the file itself then.
     """
 
     def __init__(self, header: Header, keys: KeySource, name: str = "the delta") -> None:
-        key = keys.get(header.key_id)
+        try:
+            key = keys.get(header.key_id)
+        except FormatError as error:
+            raise KeyMissingError(
+                f"{name} cannot be opened: {error.message}",
+                hint="put that key file back from the other site, or from where keys are kept in escrow",
+            ) from error
         secret, commitment = derive(key, header.salt, header.replica_id, header.delta_id, header.epoch)
         if not hmac.compare_digest(commitment, header.commitment):
             raise KeyMissingError(f"{name} was not sealed with the key {header.key_id} that is here")

@@ -160,6 +160,10 @@ class FlatImage:
         """Let clean pages go, so that the next read comes from the device; length 0 means to the end."""
         self._file.drop_cache(offset, length)
 
+    def has_name(self) -> bool:
+        """Whether its file is still the one with its name (`File.has_name`)."""
+        return self._file.has_name()
+
     def close(self) -> None:
         self._file.close()
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from replica import documents
+from replica.delta.ranges import Range, difference, union
 from replica.durable import FileSystem
 from replica.errors import FormatError
 from replica.model import DamagedLeaves, Disk, DiskId, Frozen
@@ -65,18 +66,14 @@ def clear(fs: FileSystem, layout: Layout, leaves: Iterable[DamagedLeaves], trees
 
 
 def note_verdicts(fs: FileSystem, layout: Layout, verdicts: Sequence[DiskVerdict]) -> None:
-    """Mark what `verify` found. A mismatch of the whole disk is a tree whose leaves are good and whose root is not."""
+    """Mark what `verify` found."""
     leaves: list[DamagedLeaves] = []
-    trees: list[DiskId] = []
     for verdict in verdicts:
         disk = verdict.disk
-        if verdict.mismatches == ((0, disk.size_bytes),) and disk.count_leaves > 1:
-            trees.append(disk.id)
-            continue
         for offset, length in verdict.mismatches:
             stop = -(-(offset + length) // disk.leaf_bytes)
             leaves.append(DamagedLeaves(disk.id, offset // disk.leaf_bytes, stop))
-    note(fs, layout, leaves, trees)
+    note(fs, layout, leaves, [verdict.disk.id for verdict in verdicts if verdict.tree_unfit])
 
 
 def overlapping(marks: Marks, disk: Disk, start: int, stop: int) -> list[tuple[int, int]]:
@@ -105,19 +102,19 @@ def joined(leaves: Iterable[DamagedLeaves]) -> tuple[DamagedLeaves, ...]:
 
 def without(leaves: Iterable[DamagedLeaves], gone: Sequence[DamagedLeaves]) -> tuple[DamagedLeaves, ...]:
     """What is left of `leaves`."""
-    left = list(leaves)
-    for cut in gone:
-        rest: list[DamagedLeaves] = []
-        for entry in left:
-            if entry.disk_id != cut.disk_id or cut.stop <= entry.first or entry.stop <= cut.first:
-                rest.append(entry)
-                continue
-            if entry.first < cut.first:
-                rest.append(DamagedLeaves(entry.disk_id, entry.first, cut.first))
-            if cut.stop < entry.stop:
-                rest.append(DamagedLeaves(entry.disk_id, cut.stop, entry.stop))
-        left = rest
+    left: list[DamagedLeaves] = []
+    cut = _by_disk(gone)
+    for disk_id, ranges in _by_disk(leaves).items():
+        rest = difference(union(sorted(ranges)), union(sorted(cut.get(disk_id, ()))))
+        left += [DamagedLeaves(disk_id, first, stop) for first, stop in rest]
     return joined(left)
+
+
+def _by_disk(leaves: Iterable[DamagedLeaves]) -> dict[DiskId, list[Range]]:
+    found: dict[DiskId, list[Range]] = {}
+    for entry in leaves:
+        found.setdefault(entry.disk_id, []).append((entry.first, entry.stop))
+    return found
 
 
 def first_of(leaves: Iterable[DamagedLeaves], limit: int) -> tuple[DamagedLeaves, ...]:

@@ -139,6 +139,9 @@ class InverseLayer:
     def overlapping(self, disk: int, first: int, stop: int) -> range:
         return self._reader().overlapping(disk, first, stop)
 
+    def span(self, number: int) -> tuple[int, int]:
+        return self._reader().span(number)
+
     def table(self, number: int) -> Table:
         return self._reader().table(number)
 

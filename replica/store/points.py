@@ -26,8 +26,11 @@ from typing import NamedTuple
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
-from replica.model import NEVER, DeltaId, Stamp, State
+from replica.model import NEVER, DeltaId, DiskId, Stamp, State
 from replica.store.layout import Layout, StoreState, load_state
+
+Stat = tuple[int, int, int, int]
+"""By which a file is known again: inode, size, times of change."""
 
 LOOKS = 100
 """How often the directory is looked at until nothing changed meanwhile; the last look counts whatever it was."""
@@ -109,6 +112,19 @@ class Chain:
         return None
 
     @property
+    def from_head(self) -> dict[DeltaId, frozenset[DiskId]]:
+        """For the states on the way, and the head's: the disks that they may read from the head's images.
+
+        One that was not there in between is another disk by now, though it has the same id.
+        """
+        disks = frozenset(entry.disk.id for entry in self.top.disks)
+        found = {self.top.delta_id: disks}
+        for link in self.links:
+            disks &= {entry.disk.id for entry in link.result.disks}
+            found[link.result.delta_id] = disks
+        return found
+
+    @property
     def points(self) -> tuple[State, ...]:
         """The states that are listed, oldest first."""
         older = [link.result for link in self.links if link is not self.undoing]
@@ -137,19 +153,22 @@ class Chain:
 
 
 class PointIndex:
-    """Reads `points/`; remembers the files it has opened, which never change. Not thread-safe."""
+    """Reads `points/`; remembers the files it has opened, which never change. Not thread-safe.
+
+    One that did not open is tried again when it is not the same file any more: it may have been put back.
+    """
 
     def __init__(self, fs: FileSystem, layout: Layout, keyring: Keyring) -> None:
         self._fs = fs
         self._layout = layout
         self._keyring = keyring
         self._known: dict[str, Link] = {}
-        self._damaged: set[str] = set()
+        self._damaged: dict[str, Stat | None] = {}
 
     def copy(self) -> PointIndex:
         """Another index that knows what this one knows, for another thread."""
         other = PointIndex(self._fs, self._layout, self._keyring)
-        other._known, other._damaged = dict(self._known), set(self._damaged)
+        other._known, other._damaged = dict(self._known), dict(self._damaged)
         return other
 
     @property
@@ -164,13 +183,14 @@ class PointIndex:
         """
         names = {name for name in self._fs.list_names(self._layout.points) if not name.startswith(".")}
         self._known = {name: link for name, link in self._known.items() if name in names}
-        self._damaged &= names
-        for name in names - self._known.keys() - self._damaged:
+        self._damaged = {n: seen for n, seen in self._damaged.items() if n in names and seen == self._stat(n)}
+        for name in names - self._known.keys() - self._damaged.keys():
             self._open(name)
         return list(self._known.values())
 
     def _open(self, name: str) -> None:
         path = self._layout.points / name
+        seen = self._stat(name)
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
                 self._known[name] = Link(
@@ -179,10 +199,17 @@ class PointIndex:
         except KeyMissingError:
             raise
         except DamageError:
-            self._damaged.add(name)
+            self._damaged[name] = seen
         except StorageError:
             if self._fs.exists(path):  # else it was rotated out just now
                 raise
+
+    def _stat(self, name: str) -> Stat | None:
+        try:
+            found = self._fs.stat(self._layout.points / name)
+        except StorageError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def chain(self) -> Chain:
         """Look at state and links until they belong together (a commit or a rotation may be under way)."""

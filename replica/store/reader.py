@@ -9,7 +9,10 @@ A point is read through the chain of inverses down to the head (`ChainReader`).
 The head may be rewritten meanwhile, so the order matters: first the head's
 bytes, then a look for inverses that appeared since. An inverse gets its name
 before the first byte of the head changes; so what the head gave is either
-untouched or covered by an inverse that is seen now, and that one wins.
+untouched or covered by an inverse that is seen now, and that one wins. An inverse
+may be gone again by then, where its commit was undone meanwhile; but each of these
+steps replaces the state document first, with a higher serial number. So if there is
+no inverse to be seen and the number is another one, the head is read once more.
 
 A pin keeps the point from being rotated out while it is open (`pins`).
 `ReplicaReader` is not thread-safe; a `PointReader`'s `read_into` is.
@@ -19,8 +22,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -37,8 +41,10 @@ from replica.store import damage
 from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
+from replica.store.lost import Found, Losses, losses
+from replica.store.marked import MarkedLeaves
 from replica.store.pins import pin
-from replica.store.points import Chain, Link, LostRange, PointIndex, PointInfo
+from replica.store.points import LOOKS, Chain, Link, LostRange, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles
 from replica.store.verify import DiskVerdict, verify_head
 from replica.store.verify_round import known_damage, with_damage
@@ -79,17 +85,22 @@ class ReplicaReader:
 
     def points(self) -> list[PointInfo]:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""
-        chain = self._index.chain()
+        while True:
+            chain, readable = self._look()
+            try:
+                lost = losses(self._fs, self._keyring, chain, self.marks)
+                break
+            except MovedError:  # an inverse went just now, or its name is another one's
+                self._index = PointIndex(self._fs, self.layout, self._keyring)
         head = chain.state.head
         infos = [
-            PointInfo(link.result, link.stored_bytes, not chain.torn, link.committed)
+            PointInfo(link.result, link.stored_bytes, link.result.delta_id in readable, link.committed)
             for link in chain.links
             if link.result.is_point and link.result != head
         ]
         if head.is_point:
-            infos.append(PointInfo(head, self._head_bytes(head), self._head_usable(chain), chain.state.committed))
-        if any(link.lost for link in chain.links) or self.marks.leaves:
-            infos = [self._with_lost(info) for info in infos]
+            infos.append(PointInfo(head, self._head_bytes(head), head.delta_id in readable, chain.state.committed))
+        infos = [_with_lost(info, lost[info.state.delta_id]) for info in infos]
         known = {info.state.delta_id for info in infos}
         for stray in chain.strays:
             for state in (stray.base, stray.result):
@@ -98,19 +109,6 @@ class ReplicaReader:
                     infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
         infos.sort(key=lambda info: info.state.point)
         return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
-
-    def _with_lost(self, info: PointInfo) -> PointInfo:
-        """The point with what of it is lost: in an inverse on the way to it, or in the head."""
-        ranges: list[LostRange] = []
-        try:
-            with self.open_point(info.state.point) as point:
-                for disk in point.disks:
-                    ranges += [LostRange(disk.name, a, b - a) for a, b in point.lost(disk.id)]
-        except PointGoneError:  # rotated out just now
-            return info
-        except (DamageError, StorageError):
-            return replace(info, restorable=False)
-        return replace(info, restorable=info.restorable and not ranges, lost=tuple(ranges[:MAX_LOST_RANGES]))
 
     @property
     def marks(self) -> Marks:
@@ -132,10 +130,17 @@ class ReplicaReader:
                 continue
         return total
 
-    def _head_usable(self, chain: Chain) -> bool:
-        """Whether every image is there that the newest point is read from (while it is being undone: fewer)."""
-        kept = [entry.disk.id for entry in chain.state.head.disks if chain.top.disk(entry.disk.id) is not None]
-        return not chain.torn and all(self._fs.exists(self.layout.image(disk_id)) for disk_id in kept)
+    def _look(self) -> tuple[Chain, set[DeltaId]]:
+        """The chain, and the states on it that can be read as far as the head has the images that they need."""
+        for _ in range(LOOKS):
+            chain = self._index.chain()
+            needed = chain.from_head
+            images = frozenset[DiskId]().union(*needed.values())
+            missing = {disk_id for disk_id in images if not self._fs.exists(self.layout.image(disk_id))}
+            if not missing or load_state(self._fs, self.layout) == chain.state:
+                break  # else a disk was removed just now, and its image with it
+        readable = {delta_id for delta_id, disks in needed.items() if not disks & missing}
+        return chain, set() if chain.torn else readable
 
     def open_point(self, number: int | None = None) -> PointReader:
         """Open a point (the newest without a number), pinned. PointGoneError if it is not listed."""
@@ -148,9 +153,19 @@ class ReplicaReader:
                 if chain.to(state.point) is None and number is None:
                     continue
                 state, links = self._find(chain, state.point)
-                reader = PointReader(
-                    self._fs, self.layout, self._keyring, self.identity.head_format, state, links, self._index.copy()
-                )
+                try:
+                    reader = PointReader(
+                        self._fs,
+                        self.layout,
+                        self._keyring,
+                        self.identity.head_format,
+                        state,
+                        links,
+                        chain.state.serial,
+                        self._index.copy(),
+                    )
+                except MovedError:
+                    continue
                 undo.pop_all()
             reader.on_close(lock.release)
             return reader
@@ -190,6 +205,16 @@ class ReplicaReader:
         )
 
 
+def _with_lost(info: PointInfo, found: Found) -> PointInfo:
+    """The point with what of it is lost: in an inverse on the way to it, or in the head."""
+    if not found:
+        return info
+    ranges: list[LostRange] = []
+    for entry in info.state.disks:
+        ranges += [LostRange(entry.disk.name, a, b - a) for a, b in found.get(entry.disk.id, Losses()).gone]
+    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]))
+
+
 def _refuse_torn(chain: Chain, layout: Layout) -> None:
     if chain.torn:
         raise DamageError(
@@ -210,6 +235,7 @@ class PointReader:
         head_format: HeadFormat,
         state: State,
         links: tuple[Link, ...],
+        serial: int,
         index: PointIndex,
     ) -> None:
         self._fs = fs
@@ -226,20 +252,29 @@ class PointReader:
         self._resources.callback(self._close_document)
         self._images: dict[DiskId, FlatImage] = {}
         self._images_of: dict[DiskId, Disk] = {}
-        self._marks = damage.load(fs, layout)
+        self._marked = MarkedLeaves(fs, layout)
+        self._resources.callback(self._marked.close)
+        self._undone = 0
+        """How often the head may have been rewritten and no inverse of it is seen."""
         try:
-            self._chain = self._connect(links)
+            self._chain = self._connect(links, serial)
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, links: tuple[Link, ...]) -> ChainReader:
-        """Open what lies between the point and the head. What was open before stays open until `close`."""
+    def _connect(self, links: tuple[Link, ...], serial: int) -> ChainReader:
+        """Open what lies between the point and the head, as it was found with the state of that number.
+
+        What was open before stays open until `close`.
+        """
+        self._serial, self._connection = serial, object()
         layers = [self._files.layer(link) for link in links]
         self._has_lost = any(link.lost for link in links)
         self._top = links[-1].base if links else self.state
-        self._open_images()
-        return ChainReader(self._top, layers, self._read_head, self._newer, self._head_ranges)
+        self._open_images(links)
+        return ChainReader(
+            self._top, layers, self._read_head, partial(self._newer, self._connection), self._head_ranges
+        )
 
     def on_close(self, callback: Callable[[], None]) -> None:
         self._resources.callback(callback)
@@ -269,50 +304,63 @@ class PointReader:
         StorageError, ValueError (outside the disk).
         """
         while True:
-            chain = self._chain
+            chain, undone = self._chain, self._undone
             try:
-                return chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
+                chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
             except MovedError:
                 self._connect_again(chain)
+                continue
+            except LostError:
+                if undone == self._undone:
+                    raise
+                continue
+            if undone == self._undone:
+                return
 
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
         """Half-open ranges of the disk's bytes that cannot be had at this point, ascending. Thread-safe.
 
-        Nobody has them any more, or they are read from a leaf of the head that is known to be damaged: that one the
-        next sync may repair.
+        Nobody has them any more, or they are read from a leaf of the head that is damaged: that one the next sync may
+        repair. Every marked leaf that the point reads is looked at for it (`marked`).
         """
         entry = self.state.disk(disk_id)
         if entry is None:
             raise ValueError(f"state {self.state.delta_id} has no disk {disk_id}")
         while True:
             chain = self._chain
+            depth = chain.depth
             try:
                 gone = list(chain.lost(disk_id, 0, entry.disk.size_bytes)) if self._has_lost else []
-                return list(union(gone, self._damaged_in_head(chain, entry.disk)))
+                damaged = list(self._damaged_in_head(chain, depth, entry.disk))
+                if damaged and chain.grew(depth):
+                    continue  # what is being rewritten is not what the tree says, and not what this point reads
+                return list(union(gone, damaged))
             except MovedError:
                 self._connect_again(chain)
 
-    def _damaged_in_head(self, chain: ChainReader, disk: Disk) -> Iterator[tuple[int, int]]:
-        """Marked bytes of the head that this point reads."""
+    def _damaged_in_head(self, chain: ChainReader, depth: int, disk: Disk) -> Iterator[tuple[int, int]]:
+        """Bytes of rotten leaves of the head that this point reads."""
         of_head = self._images_of.get(disk.id)
         if of_head is None:
             return
-        marks = damage.load(self._fs, self._layout)
-        for start, stop in damage.overlapping(marks, of_head, 0, disk.size_bytes):
-            for run in chain.runs(disk.id, start, min(stop, disk.size_bytes)):
-                if run.layer == chain.depth:
-                    yield run.start, run.stop
+        self._marked.load()
+        for start, stop in self._marked.ranges(of_head, 0, min(disk.size_bytes, of_head.size_bytes)):
+            for run in chain.runs(disk.id, start, stop):
+                if run.layer == depth:
+                    yield from self._marked.rotten(of_head, self._images[disk.id], run.start, run.stop)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges (start, stop) that may hold anything but zeros, ascending; they may touch."""
         for begin in range(start, stop, ALLOCATED_BYTES):
             while True:
-                chain = self._chain
+                chain, undone = self._chain, self._undone
                 try:
                     ranges = list(chain.allocated(disk_id, begin, min(begin + ALLOCATED_BYTES, stop)))
-                    break
                 except MovedError:
                     self._connect_again(chain)
+                    continue
+                if undone == self._undone:
+                    break
             yield from ranges
 
     def _connect_again(self, seen: ChainReader) -> None:
@@ -327,19 +375,32 @@ class PointReader:
                 raise PointGoneError(f"point {self.state.point} is not there any more", hint="choose another point")
             self._close_document()
             self._settled = None
-            self._chain = self._connect(found[1])
+            with suppress(MovedError):  # once more: whoever asked tries the chain of before, which says so again
+                self._chain = self._connect(found[1], chain.state.serial)
 
     def _head_ranges(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = self._images.get(disk_id)
         return image.allocated(start, stop) if image is not None else iter(())
 
-    def _open_images(self) -> None:
-        """The head's disks as they were when the layers were opened; later changes of size come as layers."""
+    def _open_images(self, links: tuple[Link, ...]) -> None:
+        """The head's disks as they were when the layers were opened; later changes of size come as layers.
+
+        Only those that are there all the way from the head to the point: others are not read, and one that was added
+        since may not be made yet. MovedError if one was removed just now.
+        """
+        there = {entry.disk.id for entry in self.state.disks}
+        for link in links:
+            there &= {entry.disk.id for entry in link.base.disks}
         for entry in self._top.disks:
-            if self.state.disk(entry.disk.id) is None:
-                continue  # added since this point, and perhaps not made yet
+            if entry.disk.id not in there:
+                continue
             disk, path = entry.disk, self._layout.image(entry.disk.id)
-            image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            try:
+                image = FlatImage.open(self._fs, path, self._head_format, size_bytes=disk.size_bytes, unique_id=disk.id)
+            except StorageError:
+                if not self._fs.exists(path) and load_state(self._fs, self._layout).serial != self._serial:
+                    raise MovedError from None
+                raise
             self._images_of[disk.id] = disk
             self._images[disk.id] = self._resources.enter_context(image)
 
@@ -348,12 +409,12 @@ class PointReader:
         self._images[disk_id].read_into(offset, buffer)
 
     def _refuse_damaged(self, disk_id: DiskId, start: int, stop: int) -> None:
-        """LostError if the head is known to be damaged there, and was not repaired meanwhile."""
+        """LostError if the head is damaged there: a leaf is marked, and not good after all."""
         disk = self._images_of[disk_id]
-        if not damage.overlapping(self._marks, disk, start, stop):
+        if not self._marked.ranges(disk, start, stop):
             return
-        self._marks = damage.load(self._fs, self._layout)
-        for first, last in damage.overlapping(self._marks, disk, start, stop):
+        self._marked.load()
+        for first, last in self._marked.rotten(disk, self._images[disk_id], start, stop):
             raise LostError(
                 f"disk {disk.name!r} of the head is damaged: {last - first} bytes at {first}",
                 hint="the next sync of the machine repairs it; points that do not read them can be restored",
@@ -362,13 +423,16 @@ class PointReader:
                 length=last - first,
             )
 
-    def _newer(self) -> list[InverseLayer]:
+    def _newer(self, connection: object) -> list[InverseLayer]:
         """Layers for what was applied since the last look, nearest the point first.
 
         A commit replaces the state document before its inverse gets a name, and both before it changes the head. So
-        while that document is the very file that the last look was made with, there is nothing newer.
+        while that document is the very file that the last look was made with, there is nothing newer. MovedError, too,
+        if whoever asks reads through what was connected before.
         """
         with self._mutex:
+            if connection is not self._connection:
+                raise MovedError
             if self._settled is not None and self._settled.has_name():
                 return []
             document = self._fs.open(self._layout.state) if self._fs.exists(self._layout.state) else None
@@ -381,6 +445,9 @@ class PointReader:
                 layers = [self._files.layer(link) for link in links]
                 self._has_lost |= any(link.lost for link in links)
                 self._top = chain.top
+                if chain.state.serial != self._serial:
+                    self._serial = chain.state.serial
+                    self._undone += not layers
                 between = chain.state.applying is not None and chain.undoing is None
                 if document is not None and document.has_name() and not between:
                     document, self._settled = self._settled, document

@@ -34,12 +34,13 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class DiskMark(Frozen, frozen=True):
-    """One disk of the head: checked below `position`. `found` are damaged ranges, confirmed."""
+    """One disk of the head, checked below `position`. `found`: damaged ranges, confirmed. `tree_unfit`: in `verify`."""
 
     disk: Disk
     position: int = 0
     checked_bytes: int = 0
     found: Ranges = ()
+    tree_unfit: bool = False
     done: bool = False
 
 

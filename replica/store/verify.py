@@ -6,6 +6,10 @@ the leaf was looked at again under the head's lock, when image, tree and state
 belong together. The tree's inner nodes are not trusted either: the root is
 computed again from the leaves and compared with the committed state's.
 
+Where they differ, it is the image that counts as damaged, leaf by leaf, unless
+its own leaves give the committed root: then all that is damaged is the tree
+(`tree_unfit`), which the next commit makes anew, and every byte is there.
+
 It goes window by window and may be cut: what is known so far is in a `DiskMark`
 (`verdicts`), handed out after every window, from which a later run goes on.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -24,12 +28,12 @@ import numpy as np
 from replica.durable import File, FileSystem
 from replica.errors import BusyError
 from replica.images.flat import FlatImage
-from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests
+from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests, root_of_content
 from replica.model import Disk, DiskState
 from replica.progress import Progress, silent
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pace import Pace
-from replica.store.verdicts import DiskMark, bounded, outside
+from replica.store.verdicts import DiskMark, Ranges, bounded, outside
 
 WINDOW_BYTES = 4 << 20
 SETTLE_TRIES = 100
@@ -37,13 +41,24 @@ SETTLE_SECONDS = 0.1
 """A commit that is at work has the head's lock most of the time; these bridge the moments before and after."""
 
 
+Damaged = Callable[[Disk, Ranges], None]
+
+
 @dataclass(frozen=True, slots=True)
 class DiskVerdict:
-    """What was found: `mismatches` are (offset, length) in bytes, leaf by leaf, neighbours joined."""
+    """What was found: `mismatches` are (offset, length) in bytes, leaf by leaf, neighbours joined.
+
+    `tree_unfit`: the image is good, and its tree is not what the committed root says.
+    """
 
     disk: Disk
     checked_bytes: int
     mismatches: tuple[tuple[int, int], ...]
+    tree_unfit: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.mismatches and not self.tree_unfit
 
 
 def verify_head(
@@ -54,9 +69,11 @@ def verify_head(
     pace: Pace | None = None,
     marks: Sequence[DiskMark] = (),
     note: Callable[[DiskMark], None] = lambda _mark: None,
+    damaged: Damaged = lambda _disk, _ranges: None,
 ) -> list[DiskVerdict]:
     """Check every disk of the head, or what `marks` leave of it. `note` is told how far it is.
 
+    `damaged` is told (offset, length) of the rotten leaves of a window as soon as they are, while the head is still.
     Raises StorageError if something cannot be read at all, BusyError if a commit was cut and nobody finishes it.
     """
     head_format = read_identity(fs, layout).head_format
@@ -69,9 +86,9 @@ def verify_head(
     for entry in head.disks:
         mark = known.get(entry.disk, DiskMark(entry.disk))
         if not mark.done:
-            with _Checker(fs, layout, head_format, entry.disk) as checker:
+            with _Checker(fs, layout, head_format, entry.disk, damaged) as checker:
                 mark = checker.run(mark, pace, note, _from(progress, done, total))
-        verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found))
+        verdicts.append(DiskVerdict(entry.disk, mark.checked_bytes, mark.found, mark.tree_unfit))
         done += entry.disk.size_bytes
     return verdicts
 
@@ -83,31 +100,39 @@ def _from(progress: Progress, base: int, total: int) -> Callable[[int], None]:
 class _Checker:
     """One disk's check."""
 
-    def __init__(self, fs: FileSystem, layout: Layout, head_format: HeadFormat, disk: Disk) -> None:
+    def __init__(self, fs: FileSystem, layout: Layout, head_format: HeadFormat, disk: Disk, damaged: Damaged) -> None:
         self._fs = fs
+        self._damaged = damaged
         self._layout = layout
         self._disk = disk
-        self._image = FlatImage.open(fs, layout.image(disk.id), head_format, size_bytes=disk.size_bytes)
+        self._head_format: HeadFormat = head_format
+        self._resources = ExitStack()
         try:
-            self._tree_file: File = fs.open(layout.tree(disk.id))
+            self._open()
         except BaseException:
-            self._image.close()
+            self._resources.close()
             raise
+
+    def _open(self) -> None:
+        disk = self._disk
+        image = FlatImage.open(self._fs, self._layout.image(disk.id), self._head_format, size_bytes=disk.size_bytes)
+        self._image = self._resources.enter_context(image)
+        self._tree_file: File = self._fs.open(self._layout.tree(disk.id))
+        self._resources.callback(self._tree_file.close)
         self._tree = MerkleTree(FileNodes(self._tree_file), disk.leaf_bytes)
 
     def __enter__(self) -> _Checker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._image.close()
-        self._tree_file.close()
+        self._resources.close()
 
     def run(
         self, mark: DiskMark, pace: Pace, note: Callable[[DiskMark], None], progress: Callable[[int], None]
     ) -> DiskMark:
         disk, leaf = self._disk, self._disk.leaf_bytes
         self._image.drop_cache()  # what counts is what the device gives back
-        for offset, length in _windows(disk, self._ranges(mark.position), mark.position):
+        for offset, length in self._windows(mark.position):
             first = offset // leaf
             suspects = (first + self.differing(offset, length)).tolist()
             end = offset + length
@@ -122,15 +147,28 @@ class _Checker:
         found = outside(
             mark.found, mark.position, disk.size_bytes
         )  # what is behind it is zero in image and tree by now
-        if not found and not self._tree_is_whole():
-            found = [(0, disk.size_bytes)]
-        mark = msgspec.structs.replace(mark, position=disk.size_bytes, found=bounded(found), done=True)
+        unfit = self._only_the_tree(pace) if found else not self._tree_is_whole()
+        mark = msgspec.structs.replace(
+            mark, position=disk.size_bytes, found=() if unfit else bounded(found), tree_unfit=unfit, done=True
+        )
         note(mark)
         progress(disk.size_bytes)
         return mark
 
+    def _windows(self, reached: int) -> Iterator[tuple[int, int]]:
+        """What is to be read from `reached` on; found out anew when there are other files."""
+        while True:
+            tree = self._tree
+            for offset, length in _windows(self._disk, self._ranges(reached), reached):
+                reached = offset + length
+                yield offset, length
+                if self._tree is not tree:
+                    break
+            else:
+                return
+
     def _ranges(self, start: int) -> Iterator[tuple[int, int]]:
-        """Where image or tree are not zero, in bytes, window by window."""
+        """Where image or tree are not zero, in bytes."""
         return _merged(self._image.allocated(start, self._disk.size_bytes), self._tree_ranges())
 
     def _tree_ranges(self) -> Iterator[tuple[int, int]]:
@@ -160,6 +198,8 @@ class _Checker:
                 length = min(leaf, disk.size_bytes - offset)
                 if len(self.differing(offset, length)):
                     wrong.append((offset, length))
+            if wrong:
+                self._damaged(disk, bounded(wrong))  # before a commit may replace them, which takes the marks away
         return wrong
 
     def _tree_is_whole(self) -> bool:
@@ -167,13 +207,36 @@ class _Checker:
             committed = state.head.disk(self._disk.id)
             return committed is None or committed.disk != self._disk or self._tree_fits(committed)
 
+    def _only_the_tree(self, pace: Pace) -> bool:
+        """Whether leaves differ because the tree is rotten: the image as it is read has the committed root.
+
+        It is read without a lock: a commit that comes meanwhile gives another root, and so proves nothing.
+        """
+        disk = self._disk
+        with self._settled() as state:
+            committed = state.head.disk(disk.id)
+            if committed is None or committed.disk != disk or self._tree_fits(committed):
+                return False
+
+        def read(offset: int, buffer: memoryview) -> None:
+            self._image.read_into(offset, buffer)
+            pace.take(len(buffer))
+
+        allocated = self._image.allocated(0, disk.size_bytes)
+        return root_of_content(disk.size_bytes, disk.leaf_bytes, allocated, read) == committed.root
+
     @contextmanager
     def _settled(self) -> Iterator[StoreState]:
-        """Hold the head still, between two commits."""
+        """Hold the head still, between two commits, and look at the files that are its own now.
+
+        A tree that was made anew has the old one's name, and a disk that was removed and came again has other files:
+        what was opened before is nobody's any more, and would differ with every commit.
+        """
         for _ in range(SETTLE_TRIES):
             with self._fs.lock(self._layout.head_lock, shared=True, wait=True):
                 state = load_state(self._fs, self._layout)
                 if state.applying is None:
+                    self._open_again(state)
                     yield state
                     return
             time.sleep(SETTLE_SECONDS)
@@ -181,6 +244,14 @@ class _Checker:
             f"the head in {self._layout.root} is in the middle of a commit that nobody goes on with",
             hint="start 'replica serve', which finishes it, and verify again; every point can be restored meanwhile",
         )
+
+    def _open_again(self, state: StoreState) -> None:
+        entry = state.head.disk(self._disk.id)
+        if entry is None or entry.disk != self._disk:
+            return
+        if not (self._image.has_name() and self._tree_file.has_name()):
+            self._open()
+            self._image.drop_cache()
 
     def _tree_fits(self, committed: DiskState) -> bool:
         """Whether the stored leaves and the stored root both give the committed root."""

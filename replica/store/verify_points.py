@@ -23,7 +23,7 @@ import numpy as np
 
 from replica.delta import DeltaFileReader, Keyring
 from replica.delta.extents import DATA
-from replica.delta.ranges import union
+from replica.delta.ranges import difference, union
 from replica.durable import FileSystem
 from replica.errors import DamageError, KeyMissingError, StorageError
 from replica.model import DiskId, State
@@ -231,23 +231,11 @@ def _passed_on(
             own: list[tuple[int, int]] = []
             numbers = {n for a, b in ranges for n in reader.overlapping(place, a // grain, -(-b // grain))}
             for number in sorted(numbers):
-                for first, count, _ in reader.table(number).extents.tolist():
-                    own.append((first * grain, (first + count) * grain))
+                try:
+                    rows = [(first, first + count) for first, count, _ in reader.table(number).extents.tolist()]
+                except DamageError:
+                    rows = [reader.span(number)]  # what it does not have is behind it, and cannot be found any more
+                own += [(first * grain, stop * grain) for first, stop in rows]
     except (DamageError, StorageError):
         return []
-    return list(_without(ranges, union(own)))
-
-
-def _without(ranges: list[tuple[int, int]], holes: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending ranges less ascending holes."""
-    cut = list(holes)
-    for start, stop in ranges:
-        at = start
-        for begin, end in cut:
-            if end <= at or begin >= stop:
-                continue
-            if at < begin:
-                yield at, begin
-            at = max(at, end)
-        if at < stop:
-            yield at, stop
+    return list(difference(ranges, union(own)))

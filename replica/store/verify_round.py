@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -21,14 +21,23 @@ import msgspec
 from replica.delta import Keyring
 from replica.durable import FileSystem
 from replica.errors import BusyError, StorageError
-from replica.model import DeltaId
+from replica.model import DamagedLeaves, DeltaId, Disk
 from replica.progress import Progress, silent
-from replica.store.damage import note_verdicts
+from replica.store import damage
 from replica.store.layout import Layout
 from replica.store.pace import Pace
 from replica.store.points import Chain, PointIndex, PointInfo
 from replica.store.receipts import ReceiptFiles, ReceiptWord
-from replica.store.verdicts import DiskMark, FileMark, HeadRound, PointsRound, Verdicts, head_round, points_round
+from replica.store.verdicts import (
+    DiskMark,
+    FileMark,
+    HeadRound,
+    PointsRound,
+    Ranges,
+    Verdicts,
+    head_round,
+    points_round,
+)
 from replica.store.verify import DiskVerdict, verify_head
 from replica.store.verify_points import PointDamage, PointsCheck, affected, damage_of_files
 
@@ -51,7 +60,7 @@ class Report:
     @property
     def ok(self) -> bool:
         files = any(mark.found or mark.problem for mark in self.files or ())
-        return not (files or self.receipts or any(verdict.mismatches for verdict in self.disks))
+        return not (files or self.receipts) and all(verdict.ok for verdict in self.disks)
 
 
 def verify_replica(
@@ -116,22 +125,38 @@ class _Round:
     def _verify_head(self) -> list[DiskVerdict]:
         def keep(mark: DiskMark) -> None:
             others = tuple(other for other in self._head.disks if other.disk.id != mark.disk.id)
-            if mark.found and mark.done:
-                self._mark_damage(mark)
+            if mark.done and mark.tree_unfit:
+                self._mark_tree(mark.disk)
             self._head = msgspec.structs.replace(self._head, disks=(*others, mark))
 
         verdicts = verify_head(
-            self._fs, self._layout, self._scaled(), pace=self._pace, marks=self._head.disks, note=keep
+            self._fs,
+            self._layout,
+            self._scaled(),
+            pace=self._pace,
+            marks=self._head.disks,
+            note=keep,
+            damaged=self._mark_leaves,
         )
         there = {verdict.disk for verdict in verdicts}
         disks = tuple(mark for mark in self._head.disks if mark.disk in there)
         self._head = msgspec.structs.replace(self._head, disks=disks, finished_at_ns=time.time_ns())
         return verdicts
 
-    def _mark_damage(self, mark: DiskMark) -> None:
-        """So that the next sync of the machine repairs it."""
+    def _mark_leaves(self, disk: Disk, ranges: Ranges) -> None:
+        """So that the next sync of the machine repairs them, also if this verification is cut."""
+        self._mark([DiskVerdict(disk, 0, ranges)])
+
+    def _mark_tree(self, disk: Disk) -> None:
+        """The image was proven as a whole: what was marked on the way is not damaged."""
+        self._mark([DiskVerdict(disk, 0, (), tree_unfit=True)])
+        if disk.count_leaves:
+            with suppress(StorageError):
+                damage.clear(self._fs, self._layout, [DamagedLeaves(disk.id, 0, disk.count_leaves)])
+
+    def _mark(self, verdicts: list[DiskVerdict]) -> None:
         try:
-            note_verdicts(self._fs, self._layout, [DiskVerdict(mark.disk, mark.checked_bytes, mark.found)])
+            damage.note_verdicts(self._fs, self._layout, verdicts)
         except StorageError as error:
             log.warning("damage of the head cannot be marked for repair: %s", error)
 

@@ -18,11 +18,11 @@ LEAVES = 538984448
 
 
 def verify(lab: DamageLab) -> int:
-    """`replica verify`: notes what it finds; how many bytes that are."""
+    """`replica verify`: notes what it finds; how many bytes that are, a tree counted as one."""
     reader = lab.reader()
     verdicts = reader.verify()
     damage.note_verdicts(lab.fs, reader.layout, verdicts)
-    return sum(length for v in verdicts for _, length in v.mismatches)
+    return sum(length for v in verdicts for _, length in v.mismatches) + sum(v.tree_unfit for v in verdicts)
 
 
 def listed(lab: DamageLab) -> dict[int, bool]:

@@ -6,14 +6,17 @@ import itertools
 from pathlib import Path
 from uuid import UUID
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replica.durable import FileSystem
+from replica.durable import File, FileSystem
 from replica.model import DamagedLeaves, DiskId
-from replica.store import damage
+from replica.store import ReplicaReader, damage
 from replica.store.layout import Layout
 from replica.store.marks import Marks
+from tests.damage.damage_lab import flip
+from tests.store.small_primary import SmallPrimary
 
 DISKS = [DiskId(UUID(int=1)), DiskId(UUID(int=2))]
 RANGES = st.lists(
@@ -72,3 +75,35 @@ def test_the_first_mark_of_a_replica_locks_nothing(tmp_path: Path) -> None:
     damage.note(fs, layout, [DamagedLeaves(DISKS[0], 3, 5)])
     marks = Marks(fs, layout)
     assert marks.locked(marks.now()) == {}, "a directory without its document would count every point as locked"
+
+
+def test_points_look_at_every_inverse_once_whatever_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is listed of a point is what can be had of it."""
+    fs = FileSystem()
+    primary = SmallPrimary({"os": 8 * 16384, "data": 16384})
+    store = primary.enrol(fs, tmp_path)
+    for _ in range(30):
+        primary.scribble(count=1)
+        primary.sync(store)
+    os = primary.ids["os"]
+    damage.note(fs, Layout(store.directory), [DamagedLeaves(os, 1, 4), DamagedLeaves(os, 7, 8)])
+    for leaf in (1, 2, 3, 7):
+        flip(Layout(store.directory).image(os), leaf * 16384)
+    reader = ReplicaReader(fs, store.directory)
+    reader.points()
+    opened: list[str] = []
+    real = FileSystem.open
+
+    def counted(fs: FileSystem, path: Path, **options: bool) -> File:
+        opened.append(path.parent.name)
+        return real(fs, path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystem, "open", counted)
+        infos = reader.points()
+    assert opened.count("points") <= 30 and len(infos) == 30
+    for info in infos:
+        with reader.open_point(info.state.point) as point:
+            lost = [(disk.name, a, b - a) for disk in point.disks for a, b in point.lost(disk.id)]
+        assert list(info.lost) == lost and info.restorable == (not lost)
+    assert len({info.lost for info in infos}) > 3

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replica.delta.ranges import Range, intersection, union
+from replica.delta.ranges import Range, difference, intersection, union
 
 ASCENDING = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=8).map(
     lambda pairs: sorted((start, start + count) for start, count in pairs)
@@ -28,6 +28,13 @@ def test_union(one: list[Range], other: list[Range]) -> None:
     joined = list(union(one, other))
     check_joined(joined)
     assert members(joined) == members(one) | members(other)
+
+
+@given(ASCENDING, ASCENDING)
+def test_difference(one: list[Range], other: list[Range]) -> None:
+    left = list(difference(union(one), union(other)))
+    check_joined(left)
+    assert members(left) == members(one) - members(other)
 
 
 @given(ASCENDING, ASCENDING)

@@ -34,6 +34,9 @@ class MemoryLayer:
     def overlapping(self, disk: int, first: int, stop: int) -> range:
         return range(1 if len(self.rows) else 0)
 
+    def span(self, number: int) -> tuple[int, int]:
+        return int(self.rows["first"][0]), int(self.rows["first"][-1] + self.rows["count"][-1])
+
     def table(self, number: int) -> Table:
         grains = int(self.rows["count"][self.rows["data"] == 1].sum())
         chunks = np.zeros(1, CHUNK)

@@ -106,6 +106,31 @@ def test_what_is_damaged_is_what_cannot_be_read(tmp_path: Path, seed: int) -> No
     assert seed % 4 == 0 or all(bool(info.reason) != info.restorable for info in listed)
 
 
+@pytest.mark.parametrize("nearer", ["all", "half"])
+def test_a_damaged_table_costs_only_what_no_nearer_inverse_has(tmp_path: Path, nearer: str) -> None:
+    """Whoever reads none of its grains does not meet it, in one region of the disk or not."""
+    size = 64 * 4096
+    primary = SmallPrimary({"os": size})
+    store = primary.enrol(FS, tmp_path)
+    for point in range(1, 6):
+        whole = point != 3 or nearer == "all"  # what the inverse has that leads to the point before
+        primary.content["os"][: size if whole else size // 2] = primary.random.randbytes(size if whole else size // 2)
+        primary.sync(store)
+    layout = Layout(store.directory)
+    victim = layout.point(primary.made[3].delta_id)  # leads to point 3
+    with DeltaFileReader(FS.open(victim), Keyring(FS, layout.keys)) as reader:
+        flip(victim, reader.manifest.entry(0).offset + 9)
+        with pytest.raises(DamageError):
+            reader.table(0)
+    half = set(range(32, 64))
+    lost = {3: set(range(64))} | ({} if nearer == "all" else {2: half})
+    report = verify(store)
+    assert {p.state.point for p in report.points} == set(lost)
+    assert {i.state.point for i in ReplicaReader(FS, store.directory).points() if not i.restorable} == set(lost)
+    for point in range(1, 6):
+        assert wrong_bytes(store, primary, point) == ({"os": lost[point]} if point in lost else {})
+
+
 def test_damage_of_the_head_is_marked_for_repair(tmp_path: Path) -> None:
     primary, store = replica(tmp_path, points=2)
     image = Layout(store.directory).image(primary.ids["os"])
