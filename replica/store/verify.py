@@ -223,7 +223,8 @@ class _Checker:
             pace.take(len(buffer))
 
         allocated = self._image.allocated(0, disk.size_bytes)
-        return root_of_content(disk.size_bytes, disk.leaf_bytes, allocated, read) == committed.root
+        update = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
+        return root_of_content(disk.size_bytes, update, allocated, read) == committed.root
 
     @contextmanager
     def _settled(self) -> Iterator[StoreState]:
