@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -302,9 +302,11 @@ class Committer:
 
     def _finish_or_undo(self, applying: DeltaId) -> None:
         """The inverse of `applying` is in place: redo from incoming, else roll back by the inverse."""
-        delta = self._open_checked(final_path(self._layout, applying))
-        inverse = self._open_checked(self._layout.point(applying))
-        try:
+        with ExitStack() as opened:
+            delta, inverse = (
+                self._open_checked(path, opened)
+                for path in (final_path(self._layout, applying), self._layout.point(applying))
+            )
             if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
                 self._clear_replaced(delta)
             elif inverse is not None and inverse.marks_lost:
@@ -322,30 +324,19 @@ class Committer:
                     "inverse can be read any more",
                     hint="keep the directory as it is; points older than the newest can still be restored",
                 )
-        finally:
-            for reader in (delta, inverse):
-                if reader is not None:
-                    reader.close()
         self._fs.unlink(final_path(self._layout, applying))
 
-    def _open_checked(self, path: Path) -> DeltaFileReader | None:
+    def _open_checked(self, path: Path, opened: ExitStack) -> DeltaFileReader | None:
         """A delta file that is durable and whole to the last bit; None if it is damaged or not there."""
         if not self._fs.exists(path):
             return None
         with self._fs.open(path, write=True) as file:
             file.sync()
         try:
-            reader = self._open(path)
-        except DamageError:
-            return None
-        try:
+            reader = opened.enter_context(self._open(path))
             reader.verify()
         except DamageError:
-            reader.close()
             return None
-        except BaseException:
-            reader.close()
-            raise
         return reader
 
     def _try_redo(self, delta: DeltaFileReader, inverse: DeltaFileReader | None) -> bool:

@@ -208,3 +208,47 @@ def test_what_a_killed_writer_had_not_named_goes_at_the_next_start(fs: FileSyste
     ReplicaStore.open(fs, store.directory).close()
     assert [name for name in own if (store.directory / name).exists()] == []
     assert (store.directory / ".marks.0a.tmp").exists()
+
+
+def test_failures_that_are_tried_again_leave_no_descriptors_open(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def refused(self: File, *_: object) -> None:
+        raise StorageError(f"cannot touch {self.path}")
+
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    store = ReplicaStore.open(fs, directory)
+    primary.acknowledge(made)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+    before = count_open()
+    with monkeypatch.context() as patch:
+        patch.setattr(File, "write", refused)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"points/\.|state"):
+                store.commit(made.delta_id)
+    assert count_open() == before, "an inverse whose header cannot be written"
+    assert store.commit(made.delta_id) == made.result
+    store.close()
+
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    before = count_open()
+    real = File.sync
+
+    def sync(self: File) -> None:
+        if self.path.name == str(made.delta_id) and self.path.parent.name == "points":
+            raise StorageError(f"cannot sync {self.path}")
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(File, "sync", sync)
+        store = ReplicaStore.open(fs, directory)
+        assert store.stopped is not None
+        store.close()
+    assert count_open() == before, "the delta, while its inverse cannot be opened"
+    store = ReplicaStore.open(fs, directory)
+    assert store.stopped is None and store.head == made.result
