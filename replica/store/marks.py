@@ -102,7 +102,10 @@ class Marks:
             yield
 
     def now(self) -> Stamp:
-        """The receiver's time; never fails. While the document is damaged observed time is 0: it ends nothing."""
+        """The receiver's time; never fails. While the document cannot be read observed time is 0: it ends nothing.
+
+        In the stamp of a commit that means *not known* (`rotation.kept_states`).
+        """
         reading = self._clocks()
         try:
             return stamp(self.load().observed, reading)

@@ -61,9 +61,15 @@ def kept_states(chain: Chain, now: Stamp) -> list[Kept]:
 
 
 def _kept(state: State, committed: Stamp, stored_bytes: int, now: Stamp) -> Kept:
-    """A point of before commit times were kept counts from its freeze time, but not from the future."""
+    """A point of before commit times were kept counts from its freeze time, but not from the future.
+
+    One that was committed while observed time was not known (`Marks.now`) counts from the wall clock by both times:
+    from 0 it would be old at once by the one, and its minimum age left to whoever sets the other.
+    """
     if committed == NEVER:
         committed = Stamp(min(state.frozen_at_ns, now.wall_ns), min(state.frozen_at_ns, now.observed_ns))
+    elif not committed.observed_ns:
+        committed = Stamp(committed.wall_ns, committed.wall_ns)
     content = (tuple((entry.disk, entry.root) for entry in state.disks), state.files)
     return Kept(state.delta_id, state.point, committed, content, stored_bytes, state.is_point)
 

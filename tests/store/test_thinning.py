@@ -583,6 +583,25 @@ def test_points_of_before_commit_times_count_from_their_freeze(fs: FileSystem, t
     assert store.rotate(HOURLY).dropped == () and store.thin(HOURLY).composed == ()
 
 
+def test_points_committed_while_observed_time_is_unknown_keep_their_minimum_age(
+    fs: FileSystem, tmp_path: Path, clocks: Clocks
+) -> None:
+    """As long as `marks/retention` cannot be read nobody knows it; afterwards a clock set ahead must end nothing."""
+    primary = SmallPrimary({"os": 100_000})
+    store = primary.enrol(fs, tmp_path)
+    document = store.directory / "marks" / "retention"
+    whole = document.read_bytes()
+    document.write_bytes(b"damaged")
+    make_points(primary, store, clocks, 3)
+    document.write_bytes(whole)
+    make_points(primary, store, clocks, 1)
+    month = Policy(keep_last=1, hourly=0, min_age_seconds=30 * 86400)
+    clocks.wall_ns += 40 * 24 * HOUR_NS
+    assert not store.rotate(month) and not store.thin(month, at_once=True)
+    clocks.boot_ns += 40 * 24 * HOUR_NS
+    assert store.rotate(month).dropped == (1, 2, 3)
+
+
 def test_a_damaged_locks_document_locks_everything(fs: FileSystem, tmp_path: Path, clocks: Clocks) -> None:
     primary = SmallPrimary({"os": 100_000})
     store = primary.enrol(fs, tmp_path)
