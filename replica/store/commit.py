@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from replica.delta import (
@@ -206,8 +207,7 @@ class Committer:
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        before = self.state
-        state = StoreState(before.head, epoch, before.applying, before.committed, before.serial + 1)
+        state = msgspec.structs.replace(self.state, epoch=epoch, serial=self.state.serial + 1)
         save_state(self._fs, self._layout, state)
         self.state = state
 
@@ -353,7 +353,9 @@ class Committer:
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
         committed = self.state.committed if head == self.state.head else self._now()
-        state = StoreState(head, self.state.epoch, applying, committed, self.state.serial + 1)
+        state = msgspec.structs.replace(
+            self.state, head=head, applying=applying, committed=committed, serial=self.state.serial + 1
+        )
         save_state(self._fs, self._layout, state)
         self.state = state
 

@@ -26,6 +26,8 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
+
 from replica.delta import DataKey, DeltaFileReader, Keyring, decode_header
 from replica.durable import FileSystem, Lock
 from replica.errors import (
@@ -129,7 +131,7 @@ class ReplicaStore:
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
             Marks(fs, layout).ensure()
-            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
+            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch, marks=True))
             write_identity(fs, layout, identity)
             return cls(fs, layout, lock, identity, receipt_key)
         except BaseException:
@@ -158,12 +160,16 @@ class ReplicaStore:
         """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
         a further one says nothing about what was written before it."""
         state = load_state(self._fs, self._layout)
-        save_state(self._fs, self._layout, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
                 hint="directories were mixed up; put each file back where it came from",
             )
+        self._marks.ensure()
+        if not state.marks:
+            self._fs.settle_names(self._layout.marks, levels=1)
+            state = msgspec.structs.replace(state, marks=True)
+        save_state(self._fs, self._layout, state)
         self._committer = Committer(
             self._fs,
             self._layout,
@@ -178,7 +184,6 @@ class ReplicaStore:
         try:
             self._load()
             self._committer.recover()
-            self._marks.ensure()
             if self.head.is_empty and not self._fs.list_names(self._layout.points):
                 remove_leftovers(self._fs, self._layout)
         except ReplicaError as error:
