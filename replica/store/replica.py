@@ -435,7 +435,7 @@ class ReplicaStore:
         path = final_path(self._layout, delta_id)
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
-                need_bytes = commit_bytes(reader)
+                need_bytes = commit_bytes(self._fs, self._layout, reader)
         except DamageError:
             return  # for the commit to refuse
         free_bytes = self._fs.free_bytes(self._layout.root)

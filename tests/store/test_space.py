@@ -61,6 +61,29 @@ def test_a_commit_that_may_not_fit_is_refused_before_it_begins(tmp_path: Path) -
     assert store.commit(made.delta_id, reserve_bytes=400_000) == made.result
 
 
+@pytest.mark.parametrize("what", ["zeroed", "cut off", "removed"])
+def test_what_a_commit_takes_away_needs_space_in_the_inverse(tmp_path: Path, what: str) -> None:
+    fs = Tight()
+    primary = SmallPrimary({"os": 3_000_000, "data": 4096})
+    store = primary.enrol(fs, tmp_path)
+    primary.content["os"][1 << 20 : 2 << 20] = primary.random.randbytes(1 << 20)
+    primary.sync(store)
+    if what == "zeroed":
+        primary.content["os"][:] = bytes(3_000_000)
+    elif what == "cut off":
+        del primary.content["os"][4096:]
+    else:
+        del primary.content["os"]
+    made = primary.make()
+    primary.send(store, made)
+    fs.free = 400_000 + (1 << 20) - 1
+    with pytest.raises(StorageFullError, match="min_free"):
+        store.commit(made.delta_id, reserve_bytes=400_000)
+    assert store.stopped is None and store.received == made.delta_id
+    fs.free += 1 << 20  # holes need nothing, and a file system knows of data in blocks
+    assert store.commit(made.delta_id, reserve_bytes=400_000) == made.result
+
+
 def test_points_are_given_up_for_space_as_far_as_needed(tmp_path: Path) -> None:
     fs = FileSystem()
     primary = SmallPrimary({"os": 1_000_000})
