@@ -23,7 +23,10 @@ from replica.store.clock import Observed, Reading, advance, first, read_clocks, 
 from replica.store.layout import Layout, load_state
 
 MAX_LOCKS = 10_000
-MAX_REASON_CHARACTERS = 500
+MAX_REASON_BYTES = 500
+"""In UTF-8."""
+MAX_MARKS_BYTES = documents.MAX_DOCUMENT_BYTES - 4096
+"""No lock makes the document larger: times that are written into it later must find room."""
 MAX_UNTIL_NS = 1 << 63
 SAVE_EVERY_NS = 300 * 1_000_000_000
 """Observed time is written down that often, and with every lock; between, the boot-time clock knows it."""
@@ -162,14 +165,17 @@ class Marks:
             if present is not None:
                 observed_ns = max(observed_ns, present.until_observed_ns)
                 reason = reason or present.reason
-            mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason[:MAX_REASON_CHARACTERS])
+            reason = reason.encode(errors="replace")[:MAX_REASON_BYTES].decode(errors="ignore")
+            mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason)
             others = tuple(m for m in marks.locks if m.delta_id != delta_id)
-            if len(others) >= MAX_LOCKS:
+            locks = (*others, mark)
+            size_bytes = len(documents.encode(RetentionMarks(marks.observed, locks)))
+            if len(locks) > MAX_LOCKS or size_bytes > MAX_MARKS_BYTES:
                 raise ConfigError(
-                    f"{MAX_LOCKS} points of this machine are locked already",
-                    hint="wait until locks end, or keep points by a policy (`daily`, `min_age`) instead",
+                    f"{len(others)} points of this machine are locked already, and there is no room for more",
+                    hint="wait until locks end, give shorter reasons, or keep points by a policy (`daily`, `min_age`)",
                 )
-            self._save(marks, reading, (*others, mark))
+            self._save(marks, reading, locks)
             return mark
 
     def begin_anew(self) -> None:
