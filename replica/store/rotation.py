@@ -129,8 +129,9 @@ class Rotator:
                 if (link.base.delta_id, link.result.delta_id) not in wanted:
                     self._fs.unlink(link.path)
             by_result = {link.result.delta_id: link for link in chain.links}
-            if chain.links and chain.links[-1].result.is_empty:
-                self._fs.unlink(chain.links[-1].path)
+            first = chain.links[-1] if chain.links else None
+            if first is not None and first.result.is_empty and first is not chain.undoing:
+                self._fs.unlink(first.path)
             dropped, freed = [], 0
             numbers = {state.delta_id: state.number for state in states if state.is_point}
             for delta_id in decision.drops:

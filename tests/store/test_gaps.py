@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from replica.delta import DeltaSealer
+from replica.delta import DeltaSealer, Keyring
 from replica.durable import File, FileSystem
 from replica.errors import BusyError, DamageError, ImageError, StorageError
 from replica.merkle import root_of
 from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, State, random_id
-from replica.store import PointReader, ReplicaReader, ReplicaStore
+from replica.store import Layout, PointReader, Policy, ReplicaReader, ReplicaStore
+from replica.store.marks import Marks
+from replica.store.rotation import Rotated, Rotator
 from tests.store.small_primary import Made, SmallPrimary
 from tests.store.test_replica import CutFileSystem, check_points
 
@@ -252,3 +255,32 @@ def test_failures_that_are_tried_again_leave_no_descriptors_open(
     assert count_open() == before, "the delta, while its inverse cannot be opened"
     store = ReplicaStore.open(fs, directory)
     assert store.stopped is None and store.head == made.result
+
+
+def test_rotation_keeps_what_undoes_a_first_commit_that_was_cut(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary = SmallPrimary({"os": SIZE})
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+
+    def cut(*_: object) -> None:
+        raise StorageError("cut while the head is written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("replica.store.commit.write", cut)
+        with pytest.raises(StorageError, match="cut"):
+            store.commit(made.delta_id)
+    layout = Layout(store.directory)
+    keyring = Keyring(fs, layout.keys)
+    marks = Marks(fs, layout)
+    Rotator(fs, layout, keyring, marks, store.receipts, nullcontext, lambda: False).drop(Policy())
+    assert layout.point(made.delta_id).exists()
+    store.close()
+    flip(layout.incoming / str(made.delta_id), 400)
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.stopped is None and store.head.is_empty
+    assert primary.sync(store).result == store.head
+    assert store.rotate(Policy()) == Rotated() and not list(layout.points.iterdir())
