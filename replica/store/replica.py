@@ -40,6 +40,7 @@ from replica.errors import (
     ProtocolError,
     ReplicaError,
     StorageError,
+    StorageFullError,
 )
 from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
@@ -102,7 +103,10 @@ class ReplicaStore:
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
         self._closed = False
-        self._load()
+        try:
+            self._load()
+        except StorageFullError as error:
+            self.stopped = error
 
     @classmethod
     def create(
@@ -133,23 +137,28 @@ class ReplicaStore:
             Marks(fs, layout).ensure()
             save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch, marks=True))
             write_identity(fs, layout, identity)
-            return cls(fs, layout, lock, identity, receipt_key)
+            store = cls(fs, layout, lock, identity, receipt_key)
+            if store.stopped is not None:
+                raise store.stopped
         except BaseException:
             lock.release()
             raise
+        return store
 
     @classmethod
     def open(cls, fs: FileSystem, directory: Path, receipt_key: ReceiptKey | None = None) -> ReplicaStore:
         """Take the lock and recover. Raises BusyError, StorageError, FormatError (nothing was changed then).
 
-        A recovery that fails does not raise: the store is `stopped`.
+        A recovery that fails does not raise: the store is `stopped`. So it is where there is no space to write `state`
+        anew: what it says can be seen, and is acted on by nobody.
         """
         layout = Layout(directory)
         lock = _take_lock(fs, layout)
         try:
             identity = read_identity(fs, layout)
             store = cls(fs, layout, lock, identity, receipt_key)
-            heal_identity(fs, layout, identity)
+            with suppress(StorageFullError):
+                heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
             lock.release()
@@ -165,11 +174,6 @@ class ReplicaStore:
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
                 hint="directories were mixed up; put each file back where it came from",
             )
-        self._marks.ensure()
-        if not state.marks:
-            self._fs.settle_names(self._layout.marks, levels=1)
-            state = msgspec.structs.replace(state, marks=True)
-        save_state(self._fs, self._layout, state)
         self._committer = Committer(
             self._fs,
             self._layout,
@@ -179,6 +183,12 @@ class ReplicaStore:
             self.receipts,
             self._marks.now,
         )
+        self._marks.ensure()
+        if not state.marks:
+            self._fs.settle_names(self._layout.marks, levels=1)
+            state = msgspec.structs.replace(state, marks=True)
+        save_state(self._fs, self._layout, state)
+        self._committer.state = state
 
     def _attempt_recovery(self) -> None:
         try:
@@ -487,7 +497,8 @@ class ReplicaStore:
         return self._closed
 
     def _keep_time(self) -> None:
-        with suppress(DamageError):  # said by whoever asks for the locks; until it is mended, time stands still
+        # Said by whoever asks for the locks; until it is mended, or there is space, time stands still.
+        with suppress(DamageError, StorageError):
             self._marks.keep_time()
 
     def _ensure_open(self) -> None:

@@ -256,7 +256,7 @@ class Rotator:
 
     def _forget(self, gone: set[DeltaId]) -> None:
         self._receipts.forget(gone)
-        with suppress(DamageError):
+        with suppress(DamageError, StorageError):  # locks that ended: they hold nothing, and may stay listed
             self._marks.forget(gone)
 
 
