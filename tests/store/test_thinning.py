@@ -180,6 +180,28 @@ def test_steps_of_a_copy_leave_no_inverse_behind(fs: FileSystem, tmp_path: Path,
     no_leaks(fs, store.directory)
 
 
+def test_a_copy_that_comes_to_no_point_does_not_fill_the_directory(
+    fs: FileSystem, tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.store.retention.MAX_WAITING", 4)
+    primary = SmallPrimary({"os": 400_001})
+    store = primary.enrol(fs, tmp_path)
+    make_points(primary, store, clocks, 2)
+    for _ in range(10):
+        primary.scribble()
+        primary.sync(store, partial=True)
+        store.rotate(Policy())
+        store.thin(Policy())
+        assert len(fs.list_names(store.directory / "points")) <= 6
+        assert check(fs, store.directory, primary) == [1, 2]
+    make_points(primary, store, clocks, 1)
+    store.rotate(Policy())
+    store.thin(Policy())
+    assert check(fs, store.directory, primary) == [1, 2, 3]
+    store.rotate(Policy())
+    no_leaks(fs, store.directory)
+
+
 class PowerCut(BaseException):
     """Nothing of the program runs on."""
 
