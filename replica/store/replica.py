@@ -396,11 +396,16 @@ class ReplicaStore:
             self._incoming = None
 
     def discard(self, delta_id: DeltaId) -> None:
-        """Forget a delta that was not committed; BusyError while it is being applied."""
+        """Forget a delta that was not committed; BusyError while it is being applied.
+
+        A stopped replica recovers first, or raises why it cannot: that nothing is being applied may not be durable, and
+        a redo may need what is here.
+        """
         with self._mutex:
             self._ensure_open()
             if self.receiving != delta_id:
                 return
+            self._ensure_running()
             if self._working.locked() or self.applying is not None:
                 raise self._busy()
             self._drop_incoming()

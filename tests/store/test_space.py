@@ -117,8 +117,17 @@ def test_a_full_storage_is_relieved_and_its_replicas_can_be_seen(
         store.commit(primary.state.delta_id)  # what `state` says may not be durable: nothing is acknowledged
     assert len(list((store.directory / "points").iterdir())) == 2
     fs.full = False
-    primary.sync(store)
+    primary.scribble(count=4)
+    made = primary.make()
+    primary.send(store, made)
     assert store.stopped is None
+    store.close()
+    fs.full = True
+    store = ReplicaStore.open(fs, store.directory)
+    with pytest.raises(StorageFullError):
+        store.discard(made.delta_id)  # nor is what a redo may need given up
+    fs.full = False
+    assert store.received == made.delta_id and store.commit(made.delta_id) == made.result
 
 
 def test_points_are_given_up_for_space_as_far_as_needed(tmp_path: Path) -> None:
