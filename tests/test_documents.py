@@ -79,6 +79,11 @@ def test_saving_replaces_and_loading_names_the_file(fs: FileSystem, tmp_path: Pa
 
 
 def test_a_document_has_a_largest_size(fs: FileSystem, tmp_path: Path) -> None:
-    documents.save(fs, tmp_path / "big", Note("x" * documents.MAX_DOCUMENT_BYTES))
+    path = tmp_path / "big"
+    documents.save(fs, path, note := Note("x" * (documents.MAX_DOCUMENT_BYTES - 100)))
     with pytest.raises(StorageError, match="more than"):
-        documents.load(fs, tmp_path / "big", Note)
+        documents.save(fs, path, Note("x" * documents.MAX_DOCUMENT_BYTES))
+    assert documents.load(fs, path, Note) == note, "what can be loaded was not replaced by what cannot"
+    path.write_bytes(documents.encode(Note("x" * documents.MAX_DOCUMENT_BYTES)))
+    with pytest.raises(FormatError, match="more than"):
+        documents.load(fs, path, Note)

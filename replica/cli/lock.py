@@ -16,15 +16,21 @@ from replica.cli.output import print_json, print_table
 @click.option("--point", type=int, help="The point to lock.", metavar="N")
 @click.option("--until", help="2027-01-31, or 2027-01-31T12:00:00Z; without a zone it is UTC.", metavar="DATE")
 @click.option("--reason", default="", help="Why, for whoever reads the list.", metavar="TEXT")
+@click.option("--begin-anew", is_flag=True, help="Where the locks are damaged or gone: have none from now on.")
 @config_option("receiver.toml")
 @json_option
-def lock(machine: str, point: int | None, until: str | None, reason: str, config: Path, as_json: bool) -> None:
+def lock(
+    machine: str, point: int | None, until: str | None, reason: str, begin_anew: bool, config: Path, as_json: bool
+) -> None:
     """Keep a point of MACHINE until a date, whatever the policy says; without --point: list the locks.
 
     A lock can be extended and not be shortened, by nobody: it ends when the
     receiver's clock has reached the date, and a second time that no setting of
     that clock moves forward has reached it as well. Hours in which the host is
     off may come on top. Works whether `serve` runs or not.
+
+    While the document with the locks is damaged or gone every point counts as
+    locked. Put it back from a backup; if there is none, --begin-anew.
 
     \b
     Examples:
@@ -39,9 +45,13 @@ def lock(machine: str, point: int | None, until: str | None, reason: str, config
 
     if (point is None) != (until is None):
         raise click.UsageError("give both --point and --until, or neither")
+    if begin_anew and point is not None:
+        raise click.UsageError("--begin-anew stands alone; lock points after it")
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     marks = Marks(fs, reader.layout)
+    if begin_anew:
+        marks.begin_anew()
     if point is not None and until is not None:
         until_ns = int(_moment(until).timestamp()) * 10**9
         with reader.open_point(point) as opened:  # pinned, so that it is there until it is locked

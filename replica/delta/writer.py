@@ -123,7 +123,11 @@ class DeltaWriter:
         self._limit = threads + 1
         self._running: deque[Future[SealedSegment]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="seal")
-        self._append(self._sealer.header)
+        try:
+            self._append(self._sealer.header)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def stored_bytes(self) -> int:

@@ -18,7 +18,8 @@ else says who is asking. The rules, in the order they are asked:
    is then fenced, and told so (`check_adopt`).
 5. What is sent into a delta counts only in the epoch it was begun in (`check_delta`).
 6. A replica takes so many points an hour on average and no more, so that flooding costs neither the receiver its
-   directories nor others their time (`Pace`).
+   directories nor others their time (`Pace`). Parts of a long copy need bandwidth, which bounds them, and how many a
+   copy has is not the receiver's to say; but such as bring next to nothing are counted, too, by themselves.
 
 Each function returns what was decided or raises the error to answer with.
 """
@@ -36,6 +37,9 @@ from replica.receiver.spec import AllowSpec
 from replica.store import Identity
 
 ACTIVE_SECONDS = 60.0
+SMALL_PART_BYTES = 1 << 20
+"""A part of a copy that is smaller than this, sealed, counts."""
+SMALL_PARTS_PER_HOUR = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,11 @@ class Pace:
         passed = max(0.0, now_seconds - self.at_seconds)
         return Pace(min(float(per_hour), self.left + passed * per_hour / 3600), now_seconds)
 
-    def check(self, now_seconds: float, per_hour: int) -> None:
-        """BusyError if the next point comes too soon."""
+    def check(self, now_seconds: float, per_hour: int, what: str = "points") -> None:
+        """BusyError if the next one comes too soon."""
         if self.at(now_seconds, per_hour).left < 1:
             raise BusyError(
-                f"more than {per_hour} points came within an hour",
+                f"more than {per_hour} {what} came within an hour",
                 hint="choose a larger `every` for this machine, or a larger `max_points_per_hour` at the receiver",
             )
 

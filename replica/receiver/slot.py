@@ -31,7 +31,14 @@ from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError, StorageFullError
 from replica.model import NIL, DamagedLeaves, DeltaId, DiskId, Epoch, ReplicaId, State, rfc3339
-from replica.receiver.admission import Activity, Pace, check_adopt, check_delta
+from replica.receiver.admission import (
+    SMALL_PART_BYTES,
+    SMALL_PARTS_PER_HOUR,
+    Activity,
+    Pace,
+    check_adopt,
+    check_delta,
+)
 from replica.receiver.spec import SiteSpec
 from replica.receiver.stores import Store, Stores
 from replica.receiver.upkeep import Upkeep
@@ -80,6 +87,7 @@ class Slot:
         self._identity = store.identity if store else None
         self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self))
         self._pace = Pace(float(spec.max_points_per_hour), clock())
+        self._part_pace = Pace(float(SMALL_PARTS_PER_HOUR), clock())
         self._opening = threading.Lock()
         self._open_job: Future[Store] | None = None
         self._jobs = threading.Lock()
@@ -216,6 +224,7 @@ class Slot:
         with self._jobs:
             self._refuse_while_working("begin a delta")
         self._pace.check(self._clock(), self._upkeep.max_points_per_hour)
+        self._part_pace.check(self._clock(), SMALL_PARTS_PER_HOUR, "parts of a copy with next to nothing in them")
         self._make_room(store, delta_id)
         received = store.begin(delta_id, begin.base, begin.epoch, begin.header)
         with self._jobs:
@@ -327,6 +336,8 @@ class Slot:
                 )
                 if state.is_point:
                     self._pace = self._pace.take(self._clock(), self._upkeep.max_points_per_hour)
+                elif tail_offset < SMALL_PART_BYTES:
+                    self._part_pace = self._part_pace.take(self._clock(), SMALL_PARTS_PER_HOUR)
             self._upkeep.after_commit(store)
         except ReplicaError as failure:
             log.error("replica %s (%s): commit failed: %s", self.replica_id, store.identity.machine, failure)

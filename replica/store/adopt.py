@@ -88,7 +88,7 @@ def adopt_images(fs: FileSystem, directory: Path, images: Mapping[str, Path], pr
         )
         fs.set_links(layout.head, {f"{s.disk.name}.img": f"{s.disk.id}.img" for s in states})
         before = load_state(fs, layout)
-        save_state(fs, layout, StoreState(head, before.epoch, serial=before.serial + 1))
+        save_state(fs, layout, StoreState(head, before.epoch, serial=before.serial + 1, marks=before.marks))
         return head
 
 

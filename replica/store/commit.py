@@ -35,9 +35,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from replica.delta import (
@@ -209,8 +210,7 @@ class Committer:
 
     def set_epoch(self, epoch: Epoch) -> None:
         """Change the fencing token, durably."""
-        before = self.state
-        state = StoreState(before.head, epoch, before.applying, before.committed, before.serial + 1)
+        state = msgspec.structs.replace(self.state, epoch=epoch, serial=self.state.serial + 1)
         save_state(self._fs, self._layout, state)
         self.state = state
 
@@ -316,9 +316,11 @@ class Committer:
 
     def _finish_or_undo(self, applying: DeltaId) -> None:
         """The inverse of `applying` is in place: redo from incoming, else roll back by the inverse."""
-        delta = self._open_checked(final_path(self._layout, applying))
-        inverse = self._open_checked(self._layout.point(applying))
-        try:
+        with ExitStack() as opened:
+            delta, inverse = (
+                self._open_checked(path, opened)
+                for path in (final_path(self._layout, applying), self._layout.point(applying))
+            )
             if delta is not None and delta.base == self.state.head and self._try_redo(delta, inverse):
                 self._clear_replaced(delta)
             elif inverse is not None and inverse.marks_lost:
@@ -336,30 +338,19 @@ class Committer:
                     "inverse can be read any more",
                     hint="keep the directory as it is; points older than the newest can still be restored",
                 )
-        finally:
-            for reader in (delta, inverse):
-                if reader is not None:
-                    reader.close()
         self._fs.unlink(final_path(self._layout, applying))
 
-    def _open_checked(self, path: Path) -> DeltaFileReader | None:
+    def _open_checked(self, path: Path, opened: ExitStack) -> DeltaFileReader | None:
         """A delta file that is durable and whole to the last bit; None if it is damaged or not there."""
         if not self._fs.exists(path):
             return None
         with self._fs.open(path, write=True) as file:
             file.sync()
         try:
-            reader = self._open(path)
-        except DamageError:
-            return None
-        try:
+            reader = opened.enter_context(self._open(path))
             reader.verify()
         except DamageError:
-            reader.close()
             return None
-        except BaseException:
-            reader.close()
-            raise
         return reader
 
     def _try_redo(self, delta: DeltaFileReader, inverse: DeltaFileReader | None) -> bool:
@@ -376,7 +367,9 @@ class Committer:
 
     def _set_state(self, head: State, *, applying: DeltaId | None = None) -> None:
         committed = self.state.committed if head == self.state.head else self._now()
-        state = StoreState(head, self.state.epoch, applying, committed, self.state.serial + 1)
+        state = msgspec.structs.replace(
+            self.state, head=head, applying=applying, committed=committed, serial=self.state.serial + 1
+        )
         save_state(self._fs, self._layout, state)
         self.state = state
 

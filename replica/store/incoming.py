@@ -13,6 +13,9 @@ u64, BLAKE3-256 of the segment 32, xxh3-64 of the 56 bytes before. A torn or
 rotten record ends the index; segments are read again and their digests checked
 when a process that did not write them takes the index over.
 
+What is here is known in memory as a row of 44 bytes per segment, and a segment has a least size, so that a sender
+that cuts a delta into a million of them costs tens of MiB and no more.
+
 Thread-safe: segments may be received from several threads at once.
 """
 
@@ -21,20 +24,21 @@ from __future__ import annotations
 import struct
 import threading
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from blake3 import blake3
 
 from replica.delta import HEADER_BYTES, DeltaFileReader, Keyring, decode_header
 from replica.delta.manifest import MAX_SEGMENTS
-from replica.delta.segment import MAX_BLOB_BYTES
+from replica.delta.segment import MAX_BLOB_BYTES, MIN_BLOB_BYTES
 from replica.durable import File, FileSystem
 from replica.errors import ConflictError, FormatError, ProtocolError, ReplicaError
-from replica.model import DeltaId
+from replica.model import DIGEST_BYTES, DeltaId
 from replica.store.layout import Layout
 
 if TYPE_CHECKING:
@@ -45,11 +49,42 @@ _RECORD_BYTES = _RECORD.size + 8
 MAX_DELTA_BYTES = 1 << 47
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    offset: int
-    length: int
-    digest: bytes
+_ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("digest", "u1", (DIGEST_BYTES,))])
+_LEAST_ROWS = 64
+
+
+class _Segments:
+    """Which segments are here: a row for each number, its length 0 if that one is not."""
+
+    def __init__(self) -> None:
+        self._rows: npt.NDArray[np.void] = np.zeros(_LEAST_ROWS, _ROW)
+
+    def __setitem__(self, number: int, row: npt.NDArray[np.void]) -> None:
+        if number >= len(self._rows):
+            rows = np.zeros(min(max(2 * len(self._rows), number + 1), MAX_SEGMENTS), _ROW)
+            rows[: len(self._rows)] = self._rows
+            self._rows = rows
+        self._rows[number : number + 1] = row
+
+    def __getitem__(self, number: int) -> npt.NDArray[np.void] | None:
+        here = number < len(self._rows) and self._rows[number]["length"]
+        return self._rows[number : number + 1] if here else None
+
+    def numbers(self) -> npt.NDArray[np.intp]:
+        """Of those that are here, ascending."""
+        return np.flatnonzero(self._rows["length"])
+
+    def differing(self, named: npt.NDArray[np.void]) -> npt.NDArray[np.intp]:
+        """Numbers of a manifest's rows that are not here, or not as they are there."""
+        rows = self._rows[: len(named)]
+        named, beyond = named[: len(rows)], np.arange(len(rows), len(named))
+        same = (rows["offset"] == named["offset"]) & (rows["length"] == named["length"])
+        same &= (rows["digest"] == named["digest"]).all(axis=1)
+        return np.concatenate((np.flatnonzero(~same), beyond))
+
+
+def _row(offset: int, length: int, digest: bytes) -> npt.NDArray[np.void]:
+    return np.array([(offset, length, np.frombuffer(digest, np.uint8))], _ROW)
 
 
 class Incoming:
@@ -65,7 +100,7 @@ class Incoming:
         self._data = data
         self._index = index
         self._index_end = 0
-        self._entries: dict[int, _Entry] = {}
+        self._segments = _Segments()
         self._mutex = threading.Condition()
         self._writing = 0
         self._closed = False
@@ -122,8 +157,8 @@ class Incoming:
                 break
             number, _zero, offset, length, digest = _RECORD.unpack(body)
             blob = self._data.read(offset, min(length, MAX_BLOB_BYTES))
-            if len(blob) == length and blake3(blob).digest() == digest:
-                self._entries[number] = _Entry(offset, length, digest)
+            if number < MAX_SEGMENTS and len(blob) == length and blake3(blob).digest() == digest:
+                self._segments[number] = _row(offset, length, digest)
             self._index_end = position + _RECORD_BYTES
 
     def close(self) -> None:
@@ -136,15 +171,10 @@ class Incoming:
 
     def received(self) -> list[tuple[int, int]]:
         """Half-open ranges of the segment numbers that are here."""
-        ranges: list[tuple[int, int]] = []
         with self._mutex:
-            numbers = sorted(self._entries)
-        for number in numbers:
-            if ranges and ranges[-1][1] == number:
-                ranges[-1] = (ranges[-1][0], number + 1)
-            else:
-                ranges.append((number, number + 1))
-        return ranges
+            numbers = self._segments.numbers()
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
+        return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
     def receive(self, number: int, offset: int, digest: bytes, blob: Buffer) -> None:
         """Write one segment at its offset. The same one again changes nothing.
@@ -153,21 +183,21 @@ class Incoming:
         (another segment of that number is here), StorageError.
         """
         length = memoryview(blob).nbytes
-        if not (0 <= number < MAX_SEGMENTS and 0 < length <= MAX_BLOB_BYTES):
+        if not (0 <= number < MAX_SEGMENTS and MIN_BLOB_BYTES <= length <= MAX_BLOB_BYTES):
             raise ProtocolError(f"segment {number} of {length} bytes is out of bounds")
         if not HEADER_BYTES <= offset <= MAX_DELTA_BYTES:
             raise ProtocolError(f"segment {number} at offset {offset} is out of bounds")
         if blake3(blob).digest() != digest:
             raise FormatError(f"segment {number} of delta {self.delta_id} does not have the digest it was sent with")
-        entry = _Entry(offset, length, digest)
+        row = _row(offset, length, digest)
         with self._mutex:
             if self._closed:
                 raise ProtocolError(f"delta {self.delta_id} is not open any more", hint="begin it first")
-            present = self._entries.get(number)
+            present = self._segments[number]
             if present is None:
                 self._writing += 1
         if present is not None:
-            if present != entry:
+            if present.tobytes() != row.tobytes():
                 raise ConflictError(f"another segment {number} of delta {self.delta_id} is already here")
             return
         try:
@@ -176,7 +206,7 @@ class Incoming:
             with self._mutex:
                 self._index.write(self._index_end, body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
                 self._index_end += _RECORD_BYTES
-                self._entries[number] = entry
+                self._segments[number] = row
         finally:
             with self._mutex:
                 self._writing -= 1
@@ -210,11 +240,10 @@ class Incoming:
         if reader.marks_lost:
             raise FormatError(f"delta {self.delta_id} says that content is lost, which only a replica's inverses may")
         table = reader.manifest.table
-        for number, row in enumerate(table):
-            named = _Entry(int(row["offset"]), int(row["length"]), row["digest"].tobytes())
-            if self._entries.get(number) != named:
-                raise ProtocolError(f"segment {number} of delta {self.delta_id} is missing", hint="send it again")
-        if len(table) != len(self._entries):
+        missing = self._segments.differing(table)
+        if len(missing):
+            raise ProtocolError(f"segment {missing[0]} of delta {self.delta_id} is missing", hint="send it again")
+        if len(table) != len(self._segments.numbers()):
             raise ProtocolError(f"delta {self.delta_id} has segments that its manifest does not name")
 
 

@@ -65,13 +65,17 @@ class Identity(Frozen, frozen=True):
 
 
 class StoreState(Frozen, frozen=True):
-    """The document `state`: what the head is, who may write, what is being applied, and when the head was committed."""
+    """The document `state`: what the head is, who may write, what is being applied, and when the head was committed.
+
+    `marks`: there was a directory `marks/`; where it is gone now, point locks may be, too (`marks`).
+    """
 
     head: State
     epoch: Epoch
     applying: DeltaId | None = None
     committed: Stamp = NEVER
     serial: int = 0
+    marks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

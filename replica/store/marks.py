@@ -6,8 +6,8 @@ setting one never waits for `serve`.
 
 Nothing here can be shortened: a lock's date only ever moves ahead, a lock ends when wall clock and observed time both
 reached its date (`clock`), and a document that is damaged or gone is no document without locks: then every point counts
-as locked until an operator has put it right. The directory is made with the document in
-it, so that a missing one shows.
+as locked until an operator has put it back, or said that there are none (`begin_anew`). The directory is made with the
+document in it, so that a missing one shows; and that there was a directory is noted in the replica's `state`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from replica.durable import FileSystem
 from replica.errors import ConfigError, DamageError, FormatError, StorageError
 from replica.model import DeltaId, Frozen, Stamp, rfc3339
 from replica.store.clock import Observed, Reading, advance, first, read_clocks, stamp
-from replica.store.layout import Layout
+from replica.store.layout import Layout, load_state
 
 MAX_LOCKS = 10_000
-MAX_REASON_CHARACTERS = 500
+MAX_REASON_BYTES = 500
+"""In UTF-8."""
+MAX_MARKS_BYTES = documents.MAX_DOCUMENT_BYTES - 4096
+"""No lock makes the document larger: times that are written into it later must find room."""
 MAX_UNTIL_NS = 1 << 63
 SAVE_EVERY_NS = 300 * 1_000_000_000
 """Observed time is written down that often, and with every lock; between, the boot-time clock knows it."""
@@ -61,12 +64,16 @@ class Marks:
     def ensure(self) -> None:
         """Make the directory with the document in it, if it is not there. Whoever writes into it calls this first.
 
+        Where there was one, it gets no document: with what was in it, locks may be lost.
         Not while holding `held`: two processes that make it at once must not meet.
         """
         if self._fs.exists(self._layout.marks):
             return
         with self.held():
             if self._fs.exists(self._layout.marks):
+                return
+            if self._was_there():
+                self._fs.make_directory(self._layout.marks)
                 return
             fresh = self._layout.root / ".marks.new"
             if self._fs.exists(fresh):
@@ -75,9 +82,14 @@ class Marks:
             documents.save(self._fs, fresh / self._layout.retention.name, RetentionMarks(first(self._clocks())))
             self._fs.publish(fresh, self._layout.marks)
 
+    def _was_there(self) -> bool:
+        """Whether the replica had the directory already. Raises StorageError, DamageError: nobody knows."""
+        documents_of_state = (self._layout.state, self._layout.state_copy)
+        return any(map(self._fs.exists, documents_of_state)) and load_state(self._fs, self._layout).marks
+
     def load(self) -> RetentionMarks:
         """The document. DamageError if it is damaged or gone: then nobody knows what is locked."""
-        if not self._fs.exists(self._layout.marks):
+        if not self._fs.exists(self._layout.marks) and not self._was_there():
             return RetentionMarks(first(self._clocks()))
         try:
             return documents.load(self._fs, self._layout.retention, RetentionMarks)
@@ -91,8 +103,8 @@ class Marks:
     def _damaged(self, why: str) -> DamageError:
         return DamageError(
             f"{why}; which points are locked is not known, so every point is kept",
-            hint=f"put {self._layout.retention} back from a backup; without one, move {self._layout.marks} away "
-            "and set the locks again: a replica without that directory has none",
+            hint=f"put {self._layout.retention} back from a backup; without one, `replica lock <machine> --begin-anew` "
+            "makes one without locks: set those that you know of again",
         )
 
     @contextmanager
@@ -102,7 +114,10 @@ class Marks:
             yield
 
     def now(self) -> Stamp:
-        """The receiver's time; never fails. While the document is damaged observed time is 0: it ends nothing."""
+        """The receiver's time; never fails. While the document cannot be read observed time is 0: it ends nothing.
+
+        In the stamp of a commit that means *not known* (`rotation.kept_states`).
+        """
         reading = self._clocks()
         try:
             return stamp(self.load().observed, reading)
@@ -150,15 +165,38 @@ class Marks:
             if present is not None:
                 observed_ns = max(observed_ns, present.until_observed_ns)
                 reason = reason or present.reason
-            mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason[:MAX_REASON_CHARACTERS])
+            reason = reason.encode(errors="replace")[:MAX_REASON_BYTES].decode(errors="ignore")
+            mark = PointLock(delta_id, point, until_ns, observed_ns, now.wall_ns, reason)
             others = tuple(m for m in marks.locks if m.delta_id != delta_id)
-            if len(others) >= MAX_LOCKS:
+            locks = (*others, mark)
+            size_bytes = len(documents.encode(RetentionMarks(marks.observed, locks)))
+            if len(locks) > MAX_LOCKS or size_bytes > MAX_MARKS_BYTES:
                 raise ConfigError(
-                    f"{MAX_LOCKS} points of this machine are locked already",
-                    hint="wait until locks end, or keep points by a policy (`daily`, `min_age`) instead",
+                    f"{len(others)} points of this machine are locked already, and there is no room for more",
+                    hint="wait until locks end, give shorter reasons, or keep points by a policy (`daily`, `min_age`)",
                 )
-            self._save(marks, reading, (*others, mark))
+            self._save(marks, reading, locks)
             return mark
+
+    def begin_anew(self) -> None:
+        """Make a document without locks in place of one that is damaged or gone. An operator's decision, never ours.
+
+        ConfigError if the present one can be read: nobody can take a lock away. A damaged one stays beside, as
+        `retention.damaged`: what was locked may still be legible in it.
+        """
+        self.ensure()
+        with self.held():
+            try:
+                self.load()
+            except DamageError:
+                if self._fs.exists(self._layout.retention):
+                    self._fs.publish(self._layout.retention, self._layout.retention.with_suffix(".damaged"))
+            else:
+                raise ConfigError(
+                    f"{self._layout.retention} is not damaged: its locks hold until their dates",
+                    hint="this is for a document that is damaged or gone",
+                )
+            documents.save(self._fs, self._layout.retention, RetentionMarks(first(self._clocks())))
 
     def forget(self, gone: set[DeltaId]) -> None:
         """Holding `held`: remove the locks of points that are not there any more and that hold nothing."""

@@ -27,6 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
+
 from replica.delta import DataKey, DeltaFileReader, Keyring, decode_header
 from replica.durable import FileSystem, Lock
 from replica.errors import (
@@ -39,6 +41,7 @@ from replica.errors import (
     ProtocolError,
     ReplicaError,
     StorageError,
+    StorageFullError,
 )
 from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
@@ -100,7 +103,10 @@ class ReplicaStore:
         self._incoming: Incoming | None = None
         self.stopped: ReplicaError | None = None
         self._closed = False
-        self._load()
+        try:
+            self._load()
+        except StorageFullError as error:
+            self.stopped = error
 
     @classmethod
     def create(
@@ -129,25 +135,30 @@ class ReplicaStore:
                 fs.make_directory(directory)
             Keyring(fs, layout.keys).add(key)
             Marks(fs, layout).ensure()
-            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch))
+            save_state(fs, layout, StoreState(State.empty(identity.replica_id, epoch), epoch, marks=True))
             write_identity(fs, layout, identity)
-            return cls(fs, layout, lock, identity, receipt_key)
+            store = cls(fs, layout, lock, identity, receipt_key)
+            if store.stopped is not None:
+                raise store.stopped
         except BaseException:
             lock.release()
             raise
+        return store
 
     @classmethod
     def open(cls, fs: FileSystem, directory: Path, receipt_key: ReceiptKey | None = None) -> ReplicaStore:
         """Take the lock and recover. Raises BusyError, StorageError, FormatError (nothing was changed then).
 
-        A recovery that fails does not raise: the store is `stopped`.
+        A recovery that fails does not raise: the store is `stopped`. So it is where there is no space to write `state`
+        anew: what it says can be seen, and is acted on by nobody.
         """
         layout = Layout(directory)
         lock = _take_lock(fs, layout)
         try:
             identity = read_identity(fs, layout)
             store = cls(fs, layout, lock, identity, receipt_key)
-            heal_identity(fs, layout, identity)
+            with suppress(StorageFullError):
+                heal_identity(fs, layout, identity)
             store._attempt_recovery()
         except BaseException:
             lock.release()
@@ -158,7 +169,6 @@ class ReplicaStore:
         """Read `state` and write it anew: what is read may be in the page cache only, and after a sync that failed
         a further one says nothing about what was written before it."""
         state = load_state(self._fs, self._layout)
-        save_state(self._fs, self._layout, state)
         if state.head.replica_id != self.identity.replica_id:
             raise ConflictError(
                 f"{self._layout.root} holds state of replica {state.head.replica_id}, not {self.identity.replica_id}",
@@ -174,6 +184,12 @@ class ReplicaStore:
             self._marks.now,
             self._named,
         )
+        self._marks.ensure()
+        if not state.marks:
+            self._fs.settle_names(self._layout.marks, levels=1)
+            state = msgspec.structs.replace(state, marks=True)
+        save_state(self._fs, self._layout, state)
+        self._committer.state = state
 
     def _named(self) -> Iterator[State]:
         """Every state that the head or an inverse names, but for what a commit that was taken back left behind."""
@@ -188,7 +204,6 @@ class ReplicaStore:
         try:
             self._load()
             self._committer.recover()
-            self._marks.ensure()
             if self.head.is_empty and not self._fs.list_names(self._layout.points):
                 remove_leftovers(self._fs, self._layout)
         except ReplicaError as error:
@@ -391,11 +406,16 @@ class ReplicaStore:
             self._incoming = None
 
     def discard(self, delta_id: DeltaId) -> None:
-        """Forget a delta that was not committed; BusyError while it is being applied."""
+        """Forget a delta that was not committed; BusyError while it is being applied.
+
+        A stopped replica recovers first, or raises why it cannot: that nothing is being applied may not be durable, and
+        a redo may need what is here.
+        """
         with self._mutex:
             self._ensure_open()
             if self.receiving != delta_id:
                 return
+            self._ensure_running()
             if self._working.locked() or self.applying is not None:
                 raise self._busy()
             self._drop_incoming()
@@ -440,7 +460,7 @@ class ReplicaStore:
         path = final_path(self._layout, delta_id)
         try:
             with DeltaFileReader(self._fs.open(path), self._keyring) as reader:
-                need_bytes = commit_bytes(reader)
+                need_bytes = commit_bytes(self._fs, self._layout, reader)
         except DamageError:
             return  # for the commit to refuse
         free_bytes = self._fs.free_bytes(self._layout.root)
@@ -499,7 +519,8 @@ class ReplicaStore:
         return self._closed
 
     def _keep_time(self) -> None:
-        with suppress(DamageError):  # said by whoever asks for the locks; until it is mended, time stands still
+        # Said by whoever asks for the locks; until it is mended, or there is space, time stands still.
+        with suppress(DamageError, StorageError):
             self._marks.keep_time()
 
     def _ensure_open(self) -> None:

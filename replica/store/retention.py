@@ -35,7 +35,8 @@ DEFAULT_KEEP_LAST = 24
 DEFAULT_HOURLY = 24
 MAX_KEPT = 100_000
 MAX_WAITING = 256
-"""States that wait for their bucket to close, at most; a chain must not grow without bound because a clock stands."""
+"""States that wait for their bucket to close, or steps for their point, at most: a chain must not grow without bound
+because a clock stands or a sender makes no point."""
 KINDS = ("hourly", "daily", "weekly", "monthly", "yearly")
 FLOODABLE = (
     "it has no time buckets and no min_age, so enough new points push out all others but locked ones; "
@@ -309,11 +310,18 @@ def _plan(
 
 
 def _runs(states: Sequence[Kept], gone: Collection[DeltaId], oldest: int) -> Iterator[list[int]]:
-    """Maximal runs of states between two points that stay. Steps after the newest point are a copy under way."""
+    """Maximal runs of states between two points that stay, or between the newest point and the head.
+
+    Steps after the newest point are a copy under way: they wait for its point, since whatever composes them now is
+    written again then. But not without bound, because that point may never come.
+    """
     newest = max((index for index, s in enumerate(states) if s.is_point), default=0)
-    return _consecutive(
+    yield from _consecutive(
         index for index in range(oldest + 1, newest) if not states[index].is_point or states[index].delta_id in gone
     )
+    under_way = list(range(max(oldest, newest) + 1, len(states) - 1))
+    if len(under_way) >= MAX_WAITING:
+        yield under_way
 
 
 def _consecutive(indices: Iterable[int]) -> Iterator[list[int]]:

@@ -72,9 +72,15 @@ def kept_states(chain: Chain, now: Stamp) -> list[Kept]:
 
 
 def _kept(state: State, committed: Stamp, stored_bytes: int, now: Stamp) -> Kept:
-    """A point of before commit times were kept counts from its freeze time, but not from the future."""
+    """A point of before commit times were kept counts from its freeze time, but not from the future.
+
+    One that was committed while observed time was not known (`Marks.now`) counts from the wall clock by both times:
+    from 0 it would be old at once by the one, and its minimum age left to whoever sets the other.
+    """
     if committed == NEVER:
         committed = Stamp(min(state.frozen_at_ns, now.wall_ns), min(state.frozen_at_ns, now.observed_ns))
+    elif not committed.observed_ns:
+        committed = Stamp(committed.wall_ns, committed.wall_ns)
     content = (tuple((entry.disk, entry.root) for entry in state.disks), state.files)
     return Kept(state.delta_id, state.point, committed, content, stored_bytes, state.is_point)
 
@@ -135,8 +141,9 @@ class Rotator:
                 if (link.base.delta_id, link.result.delta_id) not in wanted:
                     self._fs.unlink(link.path)
             by_result = {link.result.delta_id: link for link in chain.links}
-            if chain.links and chain.links[-1].result.is_empty:
-                self._fs.unlink(chain.links[-1].path)
+            first = chain.links[-1] if chain.links else None
+            if first is not None and first.result.is_empty and first is not chain.undoing:
+                self._fs.unlink(first.path)
             dropped, freed = [], 0
             numbers = {state.delta_id: state.number for state in states if state.is_point}
             for delta_id in decision.drops:
@@ -262,7 +269,7 @@ class Rotator:
 
     def _forget(self, gone: set[DeltaId]) -> None:
         self._receipts.forget(gone)
-        with suppress(DamageError):
+        with suppress(DamageError, StorageError):  # locks that ended: they hold nothing, and may stay listed
             self._marks.forget(gone)
 
 

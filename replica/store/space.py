@@ -10,12 +10,15 @@ full in its middle, unless somebody else fills it just then; that is survived, t
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from replica.delta import DATA, DeltaFileReader
+from replica.delta import DATA, ZERO, DeltaFileReader
+from replica.durable import FileSystem
 from replica.errors import StorageFullError
 from replica.model import Frozen
+from replica.store.layout import Layout
 
 DEFAULT_WARN_SHARE = 0.10
 DEFAULT_MIN_SHARE = 0.02
@@ -71,14 +74,36 @@ def judge(free_bytes: int, total_bytes: int, limits: SpaceLimits) -> Space:
     return Space(free_bytes, total_bytes, warn, least)
 
 
-def commit_bytes(delta: DeltaFileReader) -> int:
-    """What committing a delta takes at most: every grain that it carries is old data in the inverse, or new in a hole.
+def commit_bytes(fs: FileSystem, layout: Layout, delta: DeltaFileReader) -> int:
+    """What committing a delta takes at most: every grain that it carries is old data in the inverse, or new in a hole;
+    of what it makes zero, cuts off or removes, the inverse has all that is no hole in the image.
 
-    What it makes zero can be old data in the inverse as well; those blocks come free with the same commit.
+    Those blocks come free with the same commit, but behind the inverse.
     """
-    total = 0
+    data: Counter[int] = Counter()
+    zero: Counter[int] = Counter()
     for disk, rows in delta.extents():
-        total += int(rows["count"][rows["data"] == DATA].sum()) * delta.disks[disk].grain_bytes
+        grain_bytes = delta.disks[disk].grain_bytes
+        data[disk] += int(rows["count"][rows["data"] == DATA].sum()) * grain_bytes
+        zero[disk] += int(rows["count"][rows["data"] == ZERO].sum()) * grain_bytes
+    total = data.total()
+    for disk, change in enumerate(delta.disks):
+        left_bytes = min(change.base_bytes, change.result_bytes)
+        total += _allocated(fs, layout.image(change.disk_id), 0, left_bytes, zero[disk])
+        total += _allocated(fs, layout.image(change.disk_id), left_bytes, change.base_bytes, change.base_bytes)
+    return total
+
+
+def _allocated(fs: FileSystem, image: Path, start: int, stop: int, limit_bytes: int) -> int:
+    """Bytes of an image that are no hole in [start, stop), at most `limit_bytes`: not counted further."""
+    if start >= stop or not limit_bytes or not fs.exists(image):
+        return 0
+    total = 0
+    with fs.open(image) as file:
+        for _, length in file.data_runs(start, stop):
+            total += length
+            if total >= limit_bytes:
+                return limit_bytes
     return total
 
 

@@ -75,9 +75,15 @@ class HeadRound(Frozen, frozen=True):
 
 
 class PointsRound(Frozen, frozen=True):
+    """`whole`, in the document of a round under way: files that are done and good, by name and size.
+
+    There may be tens of thousands of them; of a round that is finished nobody asks for them any more.
+    """
+
     started_at_ns: int
     finished_at_ns: int | None = None
     files: tuple[FileMark, ...] = ()
+    whole: tuple[tuple[str, int], ...] = ()
 
 
 R = TypeVar("R", HeadRound, PointsRound)
@@ -94,12 +100,43 @@ class Verdicts:
         """The last round, finished or not. None if there was none."""
         path = self._paths[kind]
         try:
-            return documents.load(self._fs, path, kind) if self._fs.exists(path) else None
+            found = documents.load(self._fs, path, kind) if self._fs.exists(path) else None
         except FormatError:
             return None
+        if isinstance(found, PointsRound):
+            return _unpacked(found)
+        return found
 
     def save(self, value: HeadRound | PointsRound) -> None:
+        if isinstance(value, PointsRound):
+            value = _packed(value)
+            if len(documents.encode(value)) > documents.MAX_DOCUMENT_BYTES:
+                value = msgspec.structs.replace(value, files=tuple(map(_covered, value.files)))
         documents.save(self._fs, self._paths[type(value)], value)
+
+
+def _packed(value: PointsRound) -> PointsRound:
+    """As it is saved."""
+    noted = tuple(mark for mark in value.files if mark.found or mark.problem or not mark.done)
+    done = [mark for mark in value.files if mark.done and not (mark.found or mark.problem)]
+    whole = tuple((mark.name, mark.stored_bytes) for mark in done) if value.finished_at_ns is None else ()
+    return msgspec.structs.replace(value, files=noted, whole=whole)
+
+
+def _unpacked(value: PointsRound) -> PointsRound:
+    good = (FileMark(name, None, stored_bytes, done=True) for name, stored_bytes in value.whole)
+    return msgspec.structs.replace(value, files=(*value.files, *good), whole=())
+
+
+def _covered(mark: FileMark) -> FileMark:
+    """With one range for all damage of a disk: rather too much is called damaged than any of it forgotten."""
+    disks: dict[DiskId, SegmentDamage] = {}
+    for damage in mark.found:
+        known = disks.get(damage.disk_id, damage)
+        start = min(known.offset, damage.offset)
+        stop = max(known.offset + known.length, damage.offset + damage.length)
+        disks[damage.disk_id] = msgspec.structs.replace(damage, offset=start, length=stop - start)
+    return msgspec.structs.replace(mark, found=tuple(disks.values()))
 
 
 def head_round(last: HeadRound | None, restart: bool) -> HeadRound:

@@ -135,3 +135,6 @@ def test_status_warns_of_what_should_be_changed(site: Site) -> None:
     (site.store.directory / "marks" / "retention").write_bytes(b"rot")
     assert "every point is kept" in site.run("status")
     assert all("not known" in p["kept"] for p in site.json("points", "web-1"))
+    assert run(["lock", "web-1", "--begin-anew", "--point", "2", "--until", "2190-01-01", "-c", str(site.config)]) == 2
+    assert "no point of web-1 is locked" in site.run("lock", "web-1", "--begin-anew")
+    assert run(["lock", "web-1", "--begin-anew", "-c", str(site.config)]) == 3

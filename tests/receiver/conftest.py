@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from replica.durable import FileSystem
@@ -81,8 +82,11 @@ class Primary:
     def commit(self, state: State, wait_seconds: float = 10.0) -> ReplicaInfo | None:
         return self.session.commit(self.id, state.delta_id, tail_of(state), 167, wait_seconds)
 
-    def cycle(self) -> ReplicaInfo:
+    def cycle(self, *, partial: bool = False) -> ReplicaInfo:
+        """`partial`: a part of a long copy, which makes no point."""
         state = self.begin()
+        if partial:
+            state = msgspec.structs.replace(state, point=state.point - 1, partial=True)
         self.send(state)
         done = self.commit(state)
         assert done is not None

@@ -72,6 +72,24 @@ def test_points_that_come_too_often_are_refused(world: World) -> None:
         primary.begin()
 
 
+def test_parts_of_a_copy_that_bring_next_to_nothing_are_paced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.spec = replace(world.spec, max_points_per_hour=2)
+    monkeypatch.setattr("replica.receiver.slot.SMALL_PARTS_PER_HOUR", 3)
+    world.open()
+    primary = world.primary()
+    primary.enrol()
+    for _ in range(3):
+        primary.cycle(partial=True)
+    with pytest.raises(BusyError, match="more than 3 parts of a copy"):
+        primary.begin()
+    world.now += 1201
+    primary.cycle()
+    with monkeypatch.context() as patch:
+        patch.setattr("replica.receiver.slot.SMALL_PART_BYTES", 1)
+        for _ in range(5):
+            primary.cycle(partial=True)
+
+
 def test_the_pace_is_refilled_evenly_and_never_beyond_an_hour() -> None:
     pace = Pace(10.0, 0.0)
     for _ in range(10):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from replica.delta import DeltaSealer
+from replica.delta import DeltaSealer, Keyring
 from replica.durable import File, FileSystem
 from replica.errors import BusyError, DamageError, ImageError, StorageError
 from replica.merkle import root_of
 from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, State, random_id
-from replica.store import PointReader, ReplicaReader, ReplicaStore
+from replica.store import Layout, PointReader, Policy, ReplicaReader, ReplicaStore
+from replica.store.marks import Marks
+from replica.store.rotation import Rotated, Rotator
 from tests.store.small_primary import Made, SmallPrimary
 from tests.store.test_replica import CutFileSystem, check_points
 
@@ -208,3 +211,76 @@ def test_what_a_killed_writer_had_not_named_goes_at_the_next_start(fs: FileSyste
     ReplicaStore.open(fs, store.directory).close()
     assert [name for name in own if (store.directory / name).exists()] == []
     assert (store.directory / ".marks.0a.tmp").exists()
+
+
+def test_failures_that_are_tried_again_leave_no_descriptors_open(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def refused(self: File, *_: object) -> None:
+        raise StorageError(f"cannot touch {self.path}")
+
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    store = ReplicaStore.open(fs, directory)
+    primary.acknowledge(made)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+    before = count_open()
+    with monkeypatch.context() as patch:
+        patch.setattr(File, "write", refused)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"points/\.|state"):
+                store.commit(made.delta_id)
+    assert count_open() == before, "an inverse whose header cannot be written"
+    assert store.commit(made.delta_id) == made.result
+    store.close()
+
+    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    before = count_open()
+    real = File.sync
+
+    def sync(self: File) -> None:
+        if self.path.name == str(made.delta_id) and self.path.parent.name == "points":
+            raise StorageError(f"cannot sync {self.path}")
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(File, "sync", sync)
+        store = ReplicaStore.open(fs, directory)
+        assert store.stopped is not None
+        store.close()
+    assert count_open() == before, "the delta, while its inverse cannot be opened"
+    store = ReplicaStore.open(fs, directory)
+    assert store.stopped is None and store.head == made.result
+
+
+def test_rotation_keeps_what_undoes_a_first_commit_that_was_cut(
+    fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary = SmallPrimary({"os": SIZE})
+    store = primary.enrol(fs, tmp_path)
+    primary.scribble()
+    made = primary.make()
+    primary.send(store, made)
+
+    def cut(*_: object) -> None:
+        raise StorageError("cut while the head is written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("replica.store.commit.write", cut)
+        with pytest.raises(StorageError, match="cut"):
+            store.commit(made.delta_id)
+    layout = Layout(store.directory)
+    keyring = Keyring(fs, layout.keys)
+    marks = Marks(fs, layout)
+    Rotator(fs, layout, keyring, marks, store.receipts, nullcontext, lambda: False).drop(Policy())
+    assert layout.point(made.delta_id).exists()
+    store.close()
+    flip(layout.incoming / str(made.delta_id), 400)
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.stopped is None and store.head.is_empty
+    assert primary.sync(store).result == store.head
+    assert store.rotate(Policy()) == Rotated() and not list(layout.points.iterdir())

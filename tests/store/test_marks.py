@@ -163,6 +163,34 @@ def test_a_missing_or_damaged_document_is_not_one_without_locks(fs: FileSystem, 
     assert holds(marks)
 
 
+def test_locks_never_outgrow_their_document(
+    fs: FileSystem, marks: Marks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.store.marks.MAX_MARKS_BYTES", 3200)
+    points = [DeltaId(random_id()) for _ in range(6)]
+    until_ns = NOW_NS + DAY_NS
+    for point in points[:4]:
+        made = marks.lock(point, 3, until_ns, "aг" * 250)
+        assert made.reason == "aг" * 166 + "a", "500 bytes, and no half letter"
+    with pytest.raises(ConfigError, match="no room"):
+        marks.lock(points[4], 3, until_ns, "г" * 500)
+    marks.lock(points[0], 3, until_ns + 1)
+    assert len(marks.load().locks) == 4 and holds(marks)
+
+
+def test_an_operator_may_begin_anew_where_locks_are_damaged(fs: FileSystem, marks: Marks, tmp_path: Path) -> None:
+    marks.lock(DeltaId(random_id()), 3, NOW_NS + 7 * DAY_NS, "audit")
+    with pytest.raises(ConfigError, match="hold until their dates"):
+        marks.begin_anew()
+    assert holds(marks)
+    path = tmp_path / "marks" / "retention"
+    rotten = path.read_bytes()[:-1]
+    path.write_bytes(rotten)
+    marks.begin_anew()
+    assert marks.load().locks == ()
+    assert path.with_suffix(".damaged").read_bytes() == rotten, "what was locked may still be legible"
+
+
 def test_locks_of_several_threads_are_all_kept(marks: Marks) -> None:
     threads = [
         threading.Thread(target=marks.lock, args=(DeltaId(random_id()), n, NOW_NS + DAY_NS)) for n in range(1, 9)

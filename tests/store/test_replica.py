@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from replica.delta.manifest import MAX_SEGMENTS
+from replica.delta.segment import MIN_BLOB_BYTES
 from replica.durable import File, FileSystem, SystemCalls
 from replica.errors import (
     BaseMismatchError,
     BusyError,
+    ConflictError,
     DamageError,
     FencedError,
     FormatError,
@@ -175,6 +180,61 @@ def test_segments_resume_in_another_process(fs: FileSystem, tmp_path: Path) -> N
     assert store.commit(made.delta_id) == made.result
     primary.acknowledge(made)
     check_points(fs, store.directory, primary, [1])
+
+
+def test_segments_that_cannot_be_are_refused_and_many_cost_little(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary({"os": 20 << 20})
+    store = primary.enrol(fs, tmp_path)
+    primary.content["os"][:] = primary.random.randbytes(20 << 20)
+    made = primary.make()
+    store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header)
+
+    def put(number: int, blob: bytes, offset: int = 160) -> None:
+        store.receive(made.delta_id, number, offset, blake3(blob).digest(), blob)
+
+    for number, blob in ((0, b""), (0, bytes(MIN_BLOB_BYTES - 1)), (MAX_SEGMENTS, bytes(100)), (-1, bytes(100))):
+        with pytest.raises(ProtocolError, match="out of bounds"):
+            put(number, blob)
+    tracemalloc.start()
+    try:
+        for number in range(3000):
+            put(number, b"x" * 100)
+        assert tracemalloc.get_traced_memory()[0] < 3000 * 100
+    finally:
+        tracemalloc.stop()
+    put(2999, b"x" * 100)
+    for blob, offset in ((b"y" * 100, 160), (b"x" * 101, 160), (b"x" * 100, 161)):
+        with pytest.raises(ConflictError, match="another segment 2999"):
+            put(2999, blob, offset)
+    for number in (3001, MAX_SEGMENTS - 1):
+        put(number, b"x" * 100)
+    here = [(0, 3000), (3001, 3002), (MAX_SEGMENTS - 1, MAX_SEGMENTS)]
+    assert store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header) == here
+    with pytest.raises(ProtocolError, match="segment 0 of delta"):
+        store.finish(made.delta_id, made.tail, made.tail_offset)
+    store.discard(made.delta_id)
+    primary.send(store, made)
+    assert store.commit(made.delta_id) == made.result
+
+
+def test_a_manifest_with_other_segments_than_those_that_are_here_is_not_received(
+    fs: FileSystem, tmp_path: Path
+) -> None:
+    primary = SmallPrimary({"os": 20 << 20})
+    store = primary.enrol(fs, tmp_path)
+    primary.content["os"][:] = primary.random.randbytes(20 << 20)
+    made = primary.make()
+    last = len(made.segments) - 1
+    store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header)
+    assert store.begin(made.delta_id, made.base.delta_id, primary.epoch, made.header) == []
+    for segment in made.segments[:-1]:
+        store.receive(made.delta_id, *segment)
+    with pytest.raises(ProtocolError, match=f"segment {last} of"):
+        store.finish(made.delta_id, made.tail, made.tail_offset)
+    store.receive(made.delta_id, *made.segments[last])
+    store.receive(made.delta_id, 500, *made.segments[last][1:])
+    with pytest.raises(ProtocolError, match="does not name"):
+        store.finish(made.delta_id, made.tail, made.tail_offset)
 
 
 def test_a_received_delta_waits_for_its_commit_over_a_restart(fs: FileSystem, tmp_path: Path) -> None:

@@ -132,6 +132,16 @@ def test_steps_of_a_copy_go_when_its_point_is_there() -> None:
     assert decide(first, Policy(), later(points)).drops == tuple(step.delta_id for step in steps)
 
 
+def test_steps_of_a_copy_that_comes_to_no_point_are_composed_when_they_are_too_many() -> None:
+    (point,) = made([0])
+    steps = [Kept(DeltaId(random_id()), 1, at(ns(START)), None, 50, is_point=False) for _ in range(258)]
+    assert decide([point, *steps[:256]], Policy(), later(steps)).runs == (), "255 steps, and the head"
+    ids = tuple(step.delta_id for step in steps)
+    assert decide([point, *steps], Policy(), later(steps)).runs == (ids[:-1],)
+    assert decide([point, *steps], Policy(), later(steps)).drops == ()
+    assert decide(steps, Policy(), later(steps)).drops == ids[:-1]
+
+
 def test_min_age_ends_when_both_clocks_say_so() -> None:
     states = made([0, 1])
     policy = Policy(keep_last=1, hourly=0, min_age_seconds=3600)

@@ -17,10 +17,11 @@ from replica import documents
 from replica.delta import DeltaFileReader, Keyring, MemoryDelta, compose
 from replica.durable import File, FileSystem, Lock
 from replica.errors import DamageError
-from replica.model import NEVER, DeltaId, Stamp, random_id
+from replica.model import NEVER, DamagedLeaves, DeltaId, Stamp, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, pins, thin
+from replica.store import damage as damage_marks
 from replica.store.clock import Reading
-from replica.store.layout import save_state
+from replica.store.layout import load_state, save_state
 from replica.store.marks import Marks
 from replica.store.points import PointIndex
 from replica.store.thin import Sliced
@@ -171,6 +172,28 @@ def test_steps_of_a_copy_leave_no_inverse_behind(fs: FileSystem, tmp_path: Path,
         primary.sync(store, partial=True)
         assert not store.thin(Policy())
     assert check(fs, store.directory, primary) == [1, 2]
+    make_points(primary, store, clocks, 1)
+    store.rotate(Policy())
+    store.thin(Policy())
+    assert check(fs, store.directory, primary) == [1, 2, 3]
+    store.rotate(Policy())
+    no_leaks(fs, store.directory)
+
+
+def test_a_copy_that_comes_to_no_point_does_not_fill_the_directory(
+    fs: FileSystem, tmp_path: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.store.retention.MAX_WAITING", 4)
+    primary = SmallPrimary({"os": 400_001})
+    store = primary.enrol(fs, tmp_path)
+    make_points(primary, store, clocks, 2)
+    for _ in range(10):
+        primary.scribble()
+        primary.sync(store, partial=True)
+        store.rotate(Policy())
+        store.thin(Policy())
+        assert len(fs.list_names(store.directory / "points")) <= 6
+        assert check(fs, store.directory, primary) == [1, 2]
     make_points(primary, store, clocks, 1)
     store.rotate(Policy())
     store.thin(Policy())
@@ -583,6 +606,25 @@ def test_points_of_before_commit_times_count_from_their_freeze(fs: FileSystem, t
     assert store.rotate(HOURLY).dropped == () and store.thin(HOURLY).composed == ()
 
 
+def test_points_committed_while_observed_time_is_unknown_keep_their_minimum_age(
+    fs: FileSystem, tmp_path: Path, clocks: Clocks
+) -> None:
+    """As long as `marks/retention` cannot be read nobody knows it; afterwards a clock set ahead must end nothing."""
+    primary = SmallPrimary({"os": 100_000})
+    store = primary.enrol(fs, tmp_path)
+    document = store.directory / "marks" / "retention"
+    whole = document.read_bytes()
+    document.write_bytes(b"damaged")
+    make_points(primary, store, clocks, 3)
+    document.write_bytes(whole)
+    make_points(primary, store, clocks, 1)
+    month = Policy(keep_last=1, hourly=0, min_age_seconds=30 * 86400)
+    clocks.wall_ns += 40 * 24 * HOUR_NS
+    assert not store.rotate(month) and not store.thin(month, at_once=True)
+    clocks.boot_ns += 40 * 24 * HOUR_NS
+    assert store.rotate(month).dropped == (1, 2, 3)
+
+
 def test_a_damaged_locks_document_locks_everything(fs: FileSystem, tmp_path: Path, clocks: Clocks) -> None:
     primary = SmallPrimary({"os": 100_000})
     store = primary.enrol(fs, tmp_path)
@@ -597,6 +639,45 @@ def test_a_damaged_locks_document_locks_everything(fs: FileSystem, tmp_path: Pat
             Marks(fs, Layout(store.directory)).load()
     document.write_bytes(whole)
     assert store.rotate(last).dropped == (1, 2, 3)
+
+
+def test_marks_that_are_gone_are_not_a_replica_without_locks(fs: FileSystem, tmp_path: Path, clocks: Clocks) -> None:
+    primary = SmallPrimary({"os": 100_000})
+    store = primary.enrol(fs, tmp_path)
+    make_points(primary, store, clocks, 4)
+    layout = Layout(store.directory)
+    Marks(fs, layout).lock(primary.made[0].delta_id, 1, clocks.wall_ns + HOUR_NS)
+    last = Policy(keep_last=1, hourly=0)
+    shutil.rmtree(layout.marks)
+    for _ in range(2):
+        assert not store.rotate(last) and not store.thin(last, at_once=True)
+        for call in (Marks(fs, layout).load, lambda: Marks(fs, layout).lock(primary.made[0].delta_id, 1, 1 << 62)):
+            with pytest.raises(DamageError, match="every point is kept"):
+                call()
+        damage_marks.note(fs, layout, [DamagedLeaves(primary.ids["os"], 0, 1)])  # makes the directory
+        damage_marks.clear(fs, layout, [DamagedLeaves(primary.ids["os"], 0, 1)])
+        store.close()
+        store = ReplicaStore.open(fs, store.directory)
+        assert store.stopped is None
+        make_points(primary, store, clocks, 1)
+    Marks(fs, layout).begin_anew()
+    assert store.rotate(last).dropped == (1, 2, 3, 4, 5)
+
+
+def test_a_replica_of_before_the_marks_gets_them(fs: FileSystem, tmp_path: Path, clocks: Clocks) -> None:
+    primary = SmallPrimary({"os": 100_000})
+    store = primary.enrol(fs, tmp_path)
+    make_points(primary, store, clocks, 3)
+    layout = Layout(store.directory)
+    store.close()
+    old = load_state(fs, layout)
+    save_state(fs, layout, StoreState(old.head, old.epoch, committed=old.committed, serial=old.serial + 1))
+    shutil.rmtree(layout.marks)
+    store = ReplicaStore.open(fs, store.directory)
+    assert store.rotate(Policy(keep_last=1, hourly=0)).dropped == (1, 2)
+    assert load_state(fs, layout).marks
+    assert store.adopt(store.epoch, random_id()) == load_state(fs, layout).epoch
+    assert load_state(fs, layout).marks, "noted for good"
 
 
 @pytest.mark.parametrize("what", ["pin", "lock"])

@@ -11,10 +11,20 @@ import pytest
 from replica.delta import DeltaFileReader, Keyring
 from replica.durable import FileSystem
 from replica.errors import BusyError, DamageError
+from replica.model import DiskId, random_id
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.pace import SAVE_SECONDS, Pace
 from replica.store.retention import Policy
-from replica.store.verdicts import MAX_RANGES, FileMark, HeadRound, Verdicts, bounded, outside
+from replica.store.verdicts import (
+    MAX_RANGES,
+    FileMark,
+    HeadRound,
+    PointsRound,
+    SegmentDamage,
+    Verdicts,
+    bounded,
+    outside,
+)
 from replica.store.verify_points import PointsCheck
 from replica.store.verify_round import Report, verify_replica
 from tests.store.small_primary import SmallPrimary
@@ -202,6 +212,34 @@ def test_files_that_go_or_are_replaced_meanwhile_are_no_damage(tmp_path: Path, h
         assert found is not None and [d.segment for d in found.found] == [1] and found.done
     else:
         assert found is None
+
+
+def test_what_is_remembered_of_many_files_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, store = replica(tmp_path, points=1)
+    layout = Layout(store.directory)
+    verdicts = Verdicts(FS, layout)
+    good = tuple(FileMark(str(x := random_id()), x, 123_456_789, 3, done=True, checked_at_ns=1) for _ in range(21_000))
+    disk = DiskId(random_id())
+    bad = FileMark(str(x := random_id()), x, 1, 3, (SegmentDamage(1, disk, "os", 4096, 8192, "rot"),), done=True)
+    under_way = FileMark(str(x := random_id()), x, 2, 1)
+    verdicts.save(PointsRound(1, None, (*good, bad, under_way)))
+    found = verdicts.load(PointsRound)
+    assert found is not None and {m.name: (m.stored_bytes, m.done) for m in found.files} == {
+        m.name: (m.stored_bytes, m.done) for m in (*good, bad, under_way)
+    }
+    assert bad in found.files and under_way in found.files
+    verdicts.save(PointsRound(1, 2, (*good, bad)))
+    assert verdicts.load(PointsRound) == PointsRound(1, 2, (bad,))
+
+    parts = tuple(SegmentDamage(n, disk, "os", n * 8192, 4096, "rot") for n in range(100))
+    monkeypatch.setattr("replica.documents.MAX_DOCUMENT_BYTES", 2000)
+    verdicts.save(PointsRound(1, 2, (FileMark(bad.name, None, 1, 3, parts, done=True),)))
+    found = verdicts.load(PointsRound)
+    assert found is not None
+    assert [(d.offset, d.length) for d in found.files[0].found] == [(0, 99 * 8192 + 4096)], "all that is damaged, still"
+    (layout.marks / "verify-points").write_bytes(b"x" * 2001)
+    assert verdicts.load(PointsRound) is None
+    assert verify(store, restart=True).ok
 
 
 def test_one_at_a_time_and_a_restart_forgets(tmp_path: Path) -> None:
