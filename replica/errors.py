@@ -123,10 +123,14 @@ class StorageError(ReplicaError):
 
 
 class StorageFullError(StorageError):
-    """No space, or the quota is used up."""
+    """No space, or the quota is used up. `need_bytes`: what could not be had, if that is known, else 0."""
 
     code, exit_code, status, retryable = "storage-full", 10, 507, True
     default_hint = "free some space there; the machine goes on by itself, every point is kept"
+
+    def __init__(self, message: str, *, hint: str = "", need_bytes: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.need_bytes = need_bytes
 
 
 class DamageError(ReplicaError):

@@ -85,7 +85,7 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
-        self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self))
+        self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self), clock)
         self._pace = Pace(float(spec.max_points_per_hour), clock())
         self._part_pace = Pace(float(SMALL_PARTS_PER_HOUR), clock())
         self._opening = threading.Lock()
@@ -323,8 +323,7 @@ class Slot:
             if not already:
                 store.finish(job.delta_id, tail, tail_offset)
             del tail
-            with self._turns:
-                state = store.commit(job.delta_id, reserve_bytes=self._upkeep.space().min_bytes)
+            state = self._commit(store, job.delta_id, tail_offset)
             if not already:
                 log.info(
                     "replica %s (%s): committed %s %d of %s",
@@ -350,6 +349,21 @@ class Slot:
             job.done.set_result(None)
         else:
             job.done.set_exception(error)
+
+    def _commit(self, store: Store, delta_id: DeltaId, size_bytes: int) -> State:
+        """Commit a delta of that size; once more if there was no room, and points could be given up for it."""
+        need_bytes = 0
+        while True:
+            try:
+                with self._turns:
+                    return store.commit(delta_id, reserve_bytes=self._upkeep.space().min_bytes)
+            except StorageFullError as error:
+                if not error.need_bytes or need_bytes:
+                    self._upkeep.refused(need_bytes and need_bytes + size_bytes)  # it is to arrive once more
+                    raise
+                need_bytes = error.need_bytes
+            self._upkeep.refused(need_bytes)
+            self._upkeep.tidy(store)
 
     def tidy(self) -> None:
         """Do what rotation and space ask for, if the store is open. Raises nothing."""

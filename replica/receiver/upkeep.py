@@ -5,7 +5,8 @@ giving points up because space is short) is done behind, by one thread for the w
 those that just committed, and every few minutes all, so that buckets close without commits as well.
 
 A storage that is short of space (`min_free`) is asked again before each replica, so that no more is given up than is
-missing. As long as it is short, nothing is taken in it.
+missing. As long as it is short, nothing is taken in it. A commit that would make it short gives up what it needs of its
+own replica's points, and is tried once more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,17 +28,28 @@ from replica.store.space import Space, full
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 300.0
+WANTED_SECONDS = 900.0
+"""So long a refused commit's need is believed to be the next one's, too."""
 
 
 class Upkeep:
     """The upkeep of one replica. Thread-safe as its store is."""
 
-    def __init__(self, stores: Stores, spec: SiteSpec, directory: Path, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stores: Stores,
+        spec: SiteSpec,
+        directory: Path,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`wake` has the rest done behind."""
         self._stores = stores
         self._spec = spec
         self._directory = directory
         self._wake = wake
+        self._clock = clock
+        self._wanted_bytes, self._wanted_until = 0, 0.0
 
     @property
     def max_points_per_hour(self) -> int:
@@ -45,15 +58,28 @@ class Upkeep:
     def space(self) -> Space:
         return self._stores.space(self._directory, self._spec.limits(self._directory))
 
+    def refused(self, need_bytes: int) -> None:
+        """What takes so much had no room. What comes next will hardly take less, so room is made for that much, and
+        nothing is taken until it is there, or for `WANTED_SECONDS`: it would be sent in vain."""
+        self._wanted_bytes, self._wanted_until = need_bytes, self._clock() + WANTED_SECONDS
+
+    def _wanted(self) -> int:
+        return self._wanted_bytes if self._clock() < self._wanted_until else 0
+
+    def _space_wanted(self) -> Space:
+        space = self.space()
+        return replace(space, min_bytes=space.min_bytes + self._wanted())
+
     def check_room(self) -> None:
         """StorageFullError while the storage is short; what can be given up is given up behind meanwhile."""
-        space = self.space()
+        space, wanted = self._space_wanted(), self._wanted()
         if space.short_bytes:
             self._wake()
-            raise full(self._directory, space.free_bytes, 0, space.min_bytes)
+            raise full(self._directory, space.free_bytes, wanted, space.min_bytes - wanted)
 
     def after_commit(self, store: Store) -> None:
         """A point that could not be dropped harms nobody; the next commit tries again."""
+        self._wanted_bytes = 0
         try:
             _say(store, store.rotate(self._policy(store)))
         except ReplicaError as error:
@@ -62,11 +88,11 @@ class Upkeep:
 
     def tidy(self, store: Store) -> None:
         """Everything that is due: drop, compose, and give up what space needs."""
-        policy, space = self._policy(store), self.space()
+        policy, space = self._policy(store), self._space_wanted()
         try:
             _say(store, store.rotate(policy, shed_bytes=space.short_bytes))
             if space.short_bytes:
-                space = self.space()
+                space = self._space_wanted()
             _say(store, store.thin(policy, at_once=space.short_bytes > 0, shed_bytes=space.short_bytes))
         except ReplicaError as error:
             log.warning("replica %s: cannot rotate points: %s", store.identity.replica_id, error)

@@ -114,4 +114,5 @@ def full(path: Path, free_bytes: int, need_bytes: int, min_bytes: int) -> Storag
     return StorageFullError(
         f"the storage of {path} has {free_bytes >> 20} MiB free{need}, and {least}",
         hint="free space there or keep fewer points; the machine goes on by itself, every point is kept",
+        need_bytes=need_bytes,
     )
