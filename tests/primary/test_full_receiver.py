@@ -1,4 +1,4 @@
-"""A receiver whose storage fills up, from the sender's side: what is given up, what is refused, and what is sent for it."""
+"""A receiver whose storage fills up, as its sender sees it: what is given up, what is refused, what is sent for it."""
 
 from __future__ import annotations
 
