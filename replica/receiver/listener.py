@@ -40,7 +40,7 @@ class Listener:
     """Listening sockets of one address, and the connections that came through them. For one event loop."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Bind; an empty host is every address. Raises OSError (gaierror, too) or OverflowError."""
+        """Bind and listen; who connects waits for `start`. An empty host is every address. Raises OSError (gaierror, too) or OverflowError."""
         self._sockets: list[socket.socket] = []
         self._shaking: set[socket.socket] = set()
         self._open: Counter[str] = Counter()
@@ -66,6 +66,7 @@ class Listener:
             if family == socket.AF_INET6:
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
             made.bind(address)
+            made.listen(BACKLOG)  # at once: until then another process may bind the same port and believe it is its own
 
     @property
     def address(self) -> tuple[str, int]:
@@ -80,7 +81,6 @@ class Listener:
     def start(self, context: ssl.SSLContext, make_protocol: Callable[[], asyncio.Protocol]) -> None:
         """Take connections from now on."""
         for listening in self._sockets:
-            listening.listen(BACKLOG)
             self._spawn(self._accept(listening, context, make_protocol))
 
     async def close(self) -> None:
