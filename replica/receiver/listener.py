@@ -7,7 +7,7 @@ IPv6, where addresses are free). One more is reset at once. Should the process
 run out of descriptors all the same, accepting pauses and goes on by itself;
 the log says so once a minute.
 
-    listener = Listener(host, port)                # bound: the address is ours, nothing is answered
+    listener = Listener(host, port)                # the address is ours, nothing is answered
     listener.start(context, make_protocol)         # in an event loop
     await listener.close()                         # no more connections; those there are go on
 """
@@ -40,7 +40,10 @@ class Listener:
     """Listening sockets of one address, and the connections that came through them. For one event loop."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Bind and listen; who connects waits for `start`. An empty host is every address. Raises OSError (gaierror, too) or OverflowError."""
+        """Bind and listen; who connects waits for `start`. An empty host is every address.
+
+        Raises OSError (gaierror, too) or OverflowError.
+        """
         self._sockets: list[socket.socket] = []
         self._shaking: set[socket.socket] = set()
         self._open: Counter[str] = Counter()
@@ -105,10 +108,9 @@ class Listener:
     async def _accept(
         self, listening: socket.socket, context: ssl.SSLContext, make_protocol: Callable[[], asyncio.Protocol]
     ) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                made, address = await loop.sock_accept(listening)
+                made, address = await _next_connection(listening)
             except (ConnectionAbortedError, InterruptedError):
                 continue
             except OSError as error:
@@ -160,6 +162,25 @@ class Listener:
         if what not in self._quiet and len(self._quiet) < MAX_CONNECTIONS:
             self._quiet[what] = now + SILENCE_SECONDS
             log.warning("%s", text)
+
+
+async def _next_connection(listening: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+    """As `loop.sock_accept`, but nothing is accepted and forgotten when the task is cancelled just then."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(0)  # others have their turn, too, however many are waiting to be let in
+    while True:
+        try:
+            made, address = listening.accept()
+        except BlockingIOError:
+            ready = asyncio.Event()
+            loop.add_reader(listening, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_reader(listening)
+        else:
+            made.setblocking(False)
+            return made, address
 
 
 class _Counted(asyncio.Protocol):
