@@ -4,6 +4,12 @@ Built from the record before anything is read; asked for the candidates when the
 machine is frozen; and then the states of the result, and the record that is
 stored when they are committed, follow from what was believed. `tracking.audit`
 is the arithmetic of it.
+
+A part of a copy is no instant of the machine: of what it did not reach it holds
+what was there before. A delta that was meant to be the point may become a part
+after the tracker was given its id for the instant. So nobody is asked what
+changed since a part, whatever name a tracker remembers, and nobody is believed:
+the point after parts is read whole.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import msgspec
 
 from replica.bitmap import DirtyBitmap
 from replica.errors import AuditMissError
-from replica.model import MAX_NOTE_CHARACTERS, DeltaId, DiskId, DiskState, State
+from replica.model import EMPTY_DELTA_ID, MAX_NOTE_CHARACTERS, DeltaId, DiskId, DiskState, State
 from replica.primary.record import MachineRecord
 from replica.primary.spec import MachineSpec
 from replica.tracking.audit import (
@@ -72,9 +78,11 @@ class Audits:
         """
         if self._tracker is None or self._part:
             return [None] * len(self._disks)
-        states = [self._base.disk(disk.id) for disk in self._disks]
+        partial = self._base.partial
+        since = EMPTY_DELTA_ID if partial else self._base.delta_id
+        states = [None if partial else self._base.disk(disk.id) for disk in self._disks]
         before = [state.disk if state is not None else None for state in states]
-        found = ask(self._tracker, self._base.delta_id, self._delta_id, self._disks, before)
+        found = ask(self._tracker, since, self._delta_id, self._disks, before)
         for index, (audit, plan) in enumerate(zip(self._audits, self.plans, strict=True)):
             name = plan.tracker
             known = fresh[index] or self._disks[index].id in compared

@@ -11,6 +11,8 @@ does. Its `since` is the state that the replica really holds; a tracker that has
 mark of that name (it was lost, its log overflowed, it belongs to another host)
 answers None, and the disk is hashed whole. Marks that are not `since` may be
 forgotten when asked. So no answer of an earlier life can be taken for this one's.
+Where what the replica holds is no instant (nothing, or a part of a copy), `since`
+is `EMPTY_DELTA_ID`, which is nobody's mark: then the question is only to remember.
 
 What is answered is believed only as far as the audit finds it true (`audit`).
 """

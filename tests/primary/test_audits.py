@@ -31,10 +31,10 @@ class Rct:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.marks = lab, dict[DeltaId, dict[str, np.ndarray]]()
         self.blind: set[tuple[str, int]] = set()
-        self.asked = 0
+        self.asked = list[DeltaId]()
 
     def dirty(self, since: DeltaId, mark: DeltaId, disks: Sequence[Disk]) -> Mapping[str, DirtyBitmap | None]:
-        self.asked += 1
+        self.asked.append(since)
         before, now = self.marks.get(since), self.lab.copy()
         self.marks[mark] = now
         if before is None:
@@ -227,3 +227,41 @@ def test_a_lost_state_directory_asks_no_tracker(lab: Lab, rct: Rct) -> None:
     assert lab.sync().mode is Mode.RESYNC
     assert state(lab).trusted == ()
     lab.assert_equal()
+
+
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+@pytest.mark.parametrize(
+    ("when", "name", "time"), [("before", "begin", 2), ("after", "commit", 1), ("after", "commit", 2)]
+)
+def test_a_tracker_is_not_asked_what_changed_since_a_part(
+    lab: Lab, rct: Rct, freezing: bool, when: str, name: str, time: int
+) -> None:
+    """A delta that was to be the point is cut into a part after the tracker gave the instant its id."""
+    lab.sync()
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.spec = replace(lab.spec, part_bytes=W)
+    lab.scribble("os", 0, 2 * W)
+    for window in range(2, 6):
+        lab.scribble("os", window * W + 100, 5000)
+    lab.scribble("data", 100, 5000)
+    link = lab.link()
+
+    def cut(called: str, _arguments: object) -> None:
+        if called == name and link.calls.count(name) == time:
+            raise TransportError("cut")
+
+    setattr(link, when, cut)
+    with pytest.raises(TransportError):
+        lab.sync(link, retry_seconds=0)
+    assert lab.head.partial
+    parts = {lab.head.delta_id}
+    lab.spec = replace(lab.spec, part_bytes=1 << 30)
+    assert lab.sync().point == 2
+    lab.assert_equal()
+    assert not parts & set(rct.asked), "the mark is of an instant that the part does not hold"
+    assert {(s.read_point, s.trusted) for s in lab.head.disks} == {(2, ())}
+    lab.scribble("os", 3 * W, 10)
+    assert lab.sync().bytes_changed == G
+    lab.assert_equal()
+    assert state(lab).trusted == ("rct",), "believed again since a point"
