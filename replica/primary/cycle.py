@@ -49,6 +49,7 @@ from replica.errors import (
     TrackerDamageError,
 )
 from replica.images import Image
+from replica.machine_files import FILES_DISK_NAME
 from replica.model import MAX_NOTES, Consistency, Disk, DiskId, Frozen, ReplicaId, State
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
 from replica.primary.audits import after_miss
@@ -370,6 +371,12 @@ class _Cycle:
 
 
 def _comparable(disk: Disk, base: State, found: Mapping[DiskId, Rebuilt]) -> bool:
-    """Whether what a comparison found is all that may differ: of a disk that grew it says nothing of the rest."""
+    """Whether what a comparison found is all that may differ.
+
+    Of a disk that grew it says nothing of the rest. The machine's files are read anew for the point, and only that
+    reading is proven to be one instant: a file may have changed since the comparison where nothing had differed.
+    """
     before = base.disk(disk.id)
-    return disk.id in found and before is not None and before.disk.size_bytes == disk.size_bytes
+    if disk.name == FILES_DISK_NAME or disk.id not in found:
+        return False
+    return before is not None and before.disk.size_bytes == disk.size_bytes

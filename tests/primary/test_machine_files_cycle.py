@@ -13,6 +13,7 @@ from primary_lab import KiB, Lab, MiB
 
 from replica.errors import DamageError, ImageError, LostError, SourceBusyError, TargetExistsError, UnknownMachineError
 from replica.plan import Mode
+from replica.primary import cycle
 from replica.receiver.session import find_disk
 from replica.store import damage, machine_files, read_files, restore_point
 
@@ -98,6 +99,28 @@ def test_a_file_that_changes_while_the_disks_are_read_makes_no_point(lab: Lab) -
     lab.images["os"].write_bytes(lab.data["os"].tobytes())
     with pytest.raises(SourceBusyError, match="web-1.xml was written"):
         lab.sync(link)
+
+
+def test_files_that_change_between_a_comparison_and_its_point_are_of_one_instant(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window is what the point's own reading found, also those where the comparison saw no difference."""
+    files = [lab.root / f"file-{number}" for number in range(6)]
+    for file in files:
+        file.write_bytes(os.urandom(MiB))
+    lab.machine = replace(lab.machine, files=tuple(files))
+    lab.sync()
+    files[0].write_bytes(os.urandom(MiB))  # in the first window of 4 MiB; the last file is in the second one
+
+    def resync(*arguments: Any) -> Any:
+        found = original(*arguments)
+        files[5].write_bytes(os.urandom(MiB))
+        return found
+
+    original = cycle.resync
+    monkeypatch.setattr(cycle, "resync", resync)
+    assert lab.sync(rebuild=True).point == 2
+    assert restored(lab, 2, lab.root / "out") == {inside(lab, file.name): file.read_bytes() for file in files}
 
 
 def test_restoring_writes_nothing_over_what_is_there(lab: Lab) -> None:
