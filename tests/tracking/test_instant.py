@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,14 +10,16 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from replica.durable import FileSystem
 from replica.errors import ConfigError, FreezeError, SourceBusyError, StorageError
 from replica.model import Consistency
-from replica.tracking import guard, instant
+from replica.tracking import guard, instant, watchdog
 from replica.tracking.instant import FreezeSpec, environment_of, freeze, snapshot_paths, thaw_marked
 
 FS = FileSystem()
@@ -266,6 +269,118 @@ def test_a_killed_watchdog_ends_the_reading_at_once(image: Path, state: Path, co
             snapshot.check()
         snapshot.finish()
     assert commands.said == ["freeze", "thaw"]
+
+
+def watchdog_of(pid: int) -> int:
+    """The watchdog that this process started."""
+    (found,) = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+        and watchdog._stat(int(entry.name))[1:2] == [str(pid)]
+        and b"watchdog.py" in (entry / "cmdline").read_bytes()
+    ]
+    return found
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["late", "hangs"])
+def test_a_freeze_whose_watchdog_was_killed_is_ended_before_the_thaw(
+    image: Path, state: Path, commands: Commands, hangs: bool
+) -> None:
+    """A late freeze after the thaw would hold for ever: nobody would know of it."""
+    late = f"(sleep 0.5; {'sleep 60;' if hangs else ''} echo late >> {commands.log})"
+    spec = FreezeSpec(commands.say("begin", then=late), commands.say("thaw"))
+
+    def kill_it() -> None:
+        commands.wait_for("begin")
+        os.kill(watchdog_of(os.getpid()), signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_it)
+        with pytest.raises(FreezeError, match="was killed: the machine was thawed by a second one"):
+            freeze(FS, state, "web-1", {"os": image}, spec)
+        killed.result()
+    assert commands.said == ["begin", "thaw"]
+    time.sleep(0.7)
+    assert commands.said == ["begin", "thaw"], "nothing of the freeze goes on"
+    assert not (state / "frozen").exists()
+
+
+def test_sender_and_watchdog_killed_while_freeze_runs(
+    sender: Callable[..., subprocess.Popen[bytes]], state: Path, commands: Commands
+) -> None:
+    process = sender(commands.say("begin", then=f"sleep 0.7; echo late >> {commands.log}"), commands.say("thaw"))
+    commands.wait_for("begin")
+    os.kill(watchdog_of(process.pid), signal.SIGKILL)
+    kill(process)
+    assert thaw_marked(FS, state, FreezeSpec())
+    time.sleep(0.8)
+    assert commands.said == ["begin", "thaw"]
+
+
+def test_a_thaw_whose_watchdog_was_killed_does_not_reach_into_the_next_freeze(
+    sender: Callable[..., subprocess.Popen[bytes]], image: Path, state: Path, commands: Commands
+) -> None:
+    slow = f"echo thaw >> {commands.log}; sleep 0.7; echo late >> {commands.log}"
+    process = sender(commands.say("freeze"), slow)
+    assert process.stdout is not None and process.stdout.readline() == b"frozen\n"
+    guarding = watchdog_of(process.pid)
+    kill(process)
+    commands.wait_for("freeze", "thaw")
+    os.kill(guarding, signal.SIGKILL)
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(commands.say("again"), commands.say("end"))) as snapshot:
+        time.sleep(0.8)
+        assert commands.said == ["freeze", "thaw", "end", "again"]
+        snapshot.finish()
+
+
+def test_only_the_session_that_was_noted_is_ended(tmp_path: Path) -> None:
+    """A number that is another process's by now, or is of another host or start, is nobody to kill."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        started = watchdog._stat(process.pid)[watchdog._STARTED]
+        path = tmp_path / "frozen.lock"
+        for noted in (
+            {"session": process.pid, "started": "1", "where": watchdog._where()},
+            {"session": process.pid, "started": started, "where": "elsewhere"},
+            {"session": process.pid, "started": started},
+            [],
+        ):
+            path.write_text(json.dumps(noted))
+            lock = watchdog._Lock.take(str(path), 0)
+            assert lock is not None and lock.end_other() and process.poll() is None
+            assert path.read_bytes() == b""
+            os.close(lock._fd)
+        path.write_text(json.dumps({"session": process.pid, "started": started, "where": watchdog._where()}))
+        lock = watchdog._Lock.take(str(path), 0)
+        assert lock is not None and lock.end_other()
+        assert process.wait(5) == -signal.SIGKILL
+        os.close(lock._fd)
+
+
+def test_what_cannot_be_ended_keeps_the_mark_and_freezes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog._Lock, "end_other", lambda _self: False)
+    told: list[tuple[str, bool]] = []
+    output = SimpleNamespace(
+        tell=lambda about, **answer: told.append((about, answer.get("frozen", False) or answer.get("thawed", False)))
+    )
+    lines = SimpleNamespace(line=lambda _limit: b"now thaw")
+    mark = tmp_path / "frozen"
+    mark.touch()
+    order = {
+        "lock": str(tmp_path / "frozen.lock"),
+        "lock_wait": 0,
+        "mark": str(mark),
+        "freeze": [],
+        "thaw": ["touch", str(tmp_path / "thawed")],
+        "thaw_limit": 10,
+        "thaw_again": (),
+        "environment": {},
+        "limit": 10,
+    }
+    watchdog._obey(order, lines, output)  # type: ignore[arg-type]
+    assert told == [("thawed", False)] and (tmp_path / "thawed").exists() and mark.exists()
 
 
 def test_a_second_guard_that_cannot_thaw_leaves_the_mark(image: Path, state: Path, commands: Commands) -> None:
