@@ -127,17 +127,26 @@ def thaw_all(fs: FileSystem, spec: SenderSpec, machines: tuple[MachineSpec, ...]
     """
     chosen = {machine.name for machine in machines}
     configured = {machine.name: machine for machine in spec.machines + machines}
-    for name in fs.list_names(spec.state):
+    for name in _state_names(fs, spec):
         directory = MachineDirectory(fs, spec.state / name)
-        if not marked(fs, directory.path):
-            continue
         try:
+            if not marked(fs, directory.path):
+                continue
             with directory.locked(name):
                 thaw_marked(fs, directory.path, _freezing(configured.get(name)))
         except BusyError as error:
             _log.log(logging.ERROR if name in chosen else logging.DEBUG, "machine %r: %s", name, error)
         except ReplicaError as error:
             _log.error("machine %r: %s", name, error)
+
+
+def _state_names(fs: FileSystem, spec: SenderSpec) -> list[str]:
+    """What there is in the state directory. Where that cannot be read, the cycles say so, each of its machine."""
+    try:
+        return fs.list_names(spec.state)
+    except StorageError as error:
+        _log.error("machines that are frozen and not in the configuration cannot be looked for: %s", error)
+        return [machine.name for machine in spec.machines]
 
 
 def _freezing(machine: MachineSpec | None) -> FreezeSpec:

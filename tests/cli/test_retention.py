@@ -135,3 +135,26 @@ def test_status_warns_of_what_should_be_changed(site: Site) -> None:
     (site.store.directory / "marks" / "retention").write_bytes(b"rot")
     assert "every point is kept" in site.run("status")
     assert all("not known" in p["kept"] for p in site.json("points", "web-1"))
+
+
+@pytest.mark.parametrize("name", ["points", "head", "marks", "receipts"])
+def test_a_replica_that_cannot_be_read_hides_no_other(site: Site, name: str) -> None:
+    other = SmallPrimary({"os": 4096})
+    other.enrol(FileSystem(), site.config.parent / "replicas").close()
+    path = site.store.directory / name
+    if path.exists():
+        path.rename(site.config.parent / "aside")
+    path.symlink_to(name)  # a loop: no call on it succeeds
+    found, broken = site.json("status")
+    assert (found["point"], broken["directory"]) == (0, str(site.store.directory))
+    assert broken["error"]["code"] == "storage" and f"/{name}" in broken["error"]["message"]
+    assert broken["machine"] == found["machine"]
+    assert "it cannot be read" in site.run("status")
+
+
+def test_a_storage_that_cannot_be_read_hides_no_other(site: Site) -> None:
+    site.config.write_text(CONFIG.replace("[retention]", '[[storage]]\nname = "tier2"\npath = "loop"\n[retention]'))
+    (site.config.parent / "loop").symlink_to("loop")
+    found, broken = site.json("status")
+    assert (found["point"], broken["directory"]) == (5, str(site.config.parent / "loop"))
+    assert "loop" in site.run("status")

@@ -163,6 +163,18 @@ def test_marked_machines_are_thawed_before_any_cycle(lab: Lab, many: SenderSpec)
     assert all(outcome.result for outcome in outcomes)
 
 
+def test_what_cannot_be_read_in_the_state_directory_stops_nobody_else(lab: Lab, many: SenderSpec) -> None:
+    many.state.mkdir()
+    (many.state / "loop").symlink_to("loop")
+    outcomes = {o.machine: o for o in sync_machines(lab.fs, many, connect=connecting(lab, []))}
+    assert outcomes["a"].result and outcomes["c"].result
+    mark = many.machine_directory("b") / "frozen"
+    mark.symlink_to("frozen")
+    outcomes = {o.machine: o for o in sync_machines(lab.fs, many, connect=connecting(lab, []))}
+    assert outcomes["a"].result and outcomes["c"].result
+    assert outcomes["b"].error is not None and outcomes["b"].error.code == "storage"
+
+
 @pytest.mark.parametrize("left", ["removed", "wrong", "not chosen"])
 def test_a_marked_machine_is_thawed_whatever_became_of_its_configuration(lab: Lab, many: SenderSpec, left: str) -> None:
     """By the command in its mark, if the configuration has none that can run."""
