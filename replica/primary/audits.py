@@ -34,6 +34,7 @@ from replica.tracking.audit import (
     can_name,
     distrust,
     find,
+    on_clock,
     plan_windows,
     read_state,
 )
@@ -60,9 +61,11 @@ class Audits:
         self._tracker, self._base, self._point, self._delta_id = machine.tracker, base, point, delta_id
         self._disks = record.disks
         self._now_ns = time.time_ns()
-        self._audits = [find(record.audits, disk.id) for disk in record.disks]
-        name = machine.tracker.name if machine.tracker is not None else HASH
         ahead, period = machine.every_seconds, machine.audit_period_seconds
+        self._audits = [
+            on_clock(find(record.audits, disk.id), disk, self._now_ns, ahead, period) for disk in record.disks
+        ]
+        name = machine.tracker.name if machine.tracker is not None else HASH
         self.plans = [
             AuditPlan()
             if part

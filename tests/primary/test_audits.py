@@ -163,6 +163,18 @@ def test_read_point_moves_on_when_the_pass_has_gone_round(lab: Lab, rct: Rct, mo
         assert (state(lab).read_point, state(lab).trusted) == (expected, () if point == 1 else ("rct",))
 
 
+def test_a_round_begun_by_a_clock_that_was_ahead_goes_on(lab: Lab, rct: Rct, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [2 * 10**18]
+    monkeypatch.setattr(audits, "time", SimpleNamespace(time_ns=lambda: now[0]))
+    lab.machine = replace(lab.machine, audit_period_seconds=7 * 300.0)
+    lab.sync()
+    now[0] = 10**18
+    for _ in range(12):
+        lab.sync()
+        now[0] += 300 * 10**9
+    assert state(lab).read_point > 1, "two rounds ended"
+
+
 def test_a_miss_is_remembered_if_the_cycle_dies(lab: Lab, rct: Rct) -> None:
     lab.sync()
     rct.blind = {("os", 9)}
