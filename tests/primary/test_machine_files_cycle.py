@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from replica.plan import Mode
 from replica.primary import cycle
 from replica.receiver.session import find_disk
 from replica.store import damage, machine_files, read_files, restore_point
+from replica.tracking import still
 
 
 @pytest.fixture
@@ -121,6 +123,53 @@ def test_files_that_change_between_a_comparison_and_its_point_are_of_one_instant
     monkeypatch.setattr(cycle, "resync", resync)
     assert lab.sync(rebuild=True).point == 2
     assert restored(lab, 2, lab.root / "out") == {inside(lab, file.name): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def guest(lab: Lab) -> Iterator[Path]:
+    """A guest that goes on writing one of its files, and is stopped by `freeze`: the file that says so."""
+    frozen, ended = lab.root / "now-frozen", threading.Event()
+
+    def write() -> None:
+        while not ended.wait(0.002):
+            if not frozen.exists():
+                (lab.root / "nvram").write_bytes(os.urandom(MiB // 8))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    lab.machine = lab.freezing(["touch", str(frozen)], ["rm", "-f", str(frozen)])
+    yield frozen
+    ended.set()
+    thread.join()
+
+
+def test_files_that_only_freeze_stops_are_no_hindrance(lab: Lab, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "WAIT_SECONDS", 1.0)
+    kept = lab.root / "kept"
+    lab.machine = replace(lab.machine, thaw=f"cp {lab.root}/nvram {kept}; rm -f {guest}")
+    lab.spec = replace(lab.spec, part_bytes=64 * KiB)
+    first = lab.sync()  # a first copy in parts, read while the guest goes on
+    assert (first.mode, first.parts > 0) == (Mode.INITIAL, True)
+    assert restored(lab, 1, lab.root / "out1")[inside(lab, "nvram")] == kept.read_bytes()
+    for point, options in ((2, {}), (3, {"rebuild": True})):
+        assert lab.sync(**options).point == point
+        assert restored(lab, point, lab.root / f"out{point}")[inside(lab, "nvram")] == kept.read_bytes()
+
+
+def test_files_that_freeze_does_not_stop_make_no_point(lab: Lab, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "WAIT_SECONDS", 0.2)
+    with pytest.raises(SourceBusyError, match="nvram"):
+        lab.sync(machine=replace(lab.machine, freeze="true", thaw="true"))
+    assert lab.reader().points() == [] and not guest.exists()
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_named_pipe_is_no_file(lab: Lab, freezing: bool) -> None:
+    (lab.root / "nvram").unlink()
+    os.mkfifo(lab.root / "nvram")
+    machine = lab.freezing("true", "true") if freezing else lab.machine
+    with pytest.raises(ImageError, match="nvram"):
+        lab.sync(machine=machine)
 
 
 def test_restoring_writes_nothing_over_what_is_there(lab: Lab) -> None:
