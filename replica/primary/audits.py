@@ -22,10 +22,12 @@ import msgspec
 
 from replica.bitmap import DirtyBitmap
 from replica.errors import AuditMissError
+from replica.machine_files import FILES_DISK_NAME
 from replica.model import EMPTY_DELTA_ID, MAX_NOTE_CHARACTERS, DeltaId, DiskId, DiskState, State
 from replica.primary.record import MachineRecord
 from replica.primary.spec import MachineSpec
 from replica.tracking.audit import (
+    ANYBODY,
     HASH,
     MAX_ALERTS,
     AuditAlert,
@@ -89,7 +91,9 @@ class Audits:
         for index, (audit, plan) in enumerate(zip(self._audits, self.plans, strict=True)):
             name = plan.tracker
             known = fresh[index] or self._disks[index].id in compared
-            if known or name in audit.distrusted or not can_name(states[index], name):
+            files = self._disks[index].name == FILES_DISK_NAME  # it is made here: nobody else can know of it
+            distrusted = name in audit.distrusted or ANYBODY in audit.distrusted
+            if known or files or distrusted or not can_name(states[index], name):
                 found[index] = None
             self._believed[index] = name if found[index] is not None else None
         return found

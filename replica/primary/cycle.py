@@ -66,7 +66,7 @@ from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
-from replica.tracking.audit import HASH
+from replica.tracking.audit import HASH, distrust
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import Snapshot, freeze, thaw_marked
 from replica.tracking.rebuild import Rebuilt
@@ -234,11 +234,22 @@ class _Cycle:
         return record, step
 
     def _match(self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]) -> MachineRecord:
-        """Which disk is which, noted before anything is tracked under its id."""
+        """Which disk is which, noted before anything is tracked under its id.
+
+        A disk that is read from another image may have been replaced. An integration's tracker, which is asked by the
+        disk's name, is not believed of it until it was read whole; that is noted with the path, or it would be
+        forgotten if this cycle ended before its point.
+        """
         disks, paths = match_disks(wanted, known_disks(record.disks, record.images, info.head))
         if (disks, paths) == (record.disks, record.images):
             return record
-        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths))
+        known = known_disks(record.disks, record.images, None)
+        before = {entry.disk.id: entry.image for entry in known}
+        audits = record.audits
+        for disk, path in zip(disks, paths, strict=True):
+            if before.get(disk.id) != path:
+                audits = distrust(audits, disk.id)
+        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths, audits=audits))
 
     def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
         _log.warning(

@@ -42,6 +42,8 @@ from replica.tracking.digests import count_windows
 
 HASH = "hash"
 """The name of the tracker that reads everything."""
+ANYBODY = "*"
+"""Among those that are distrusted: every integration's tracker."""
 DEFAULT_PERIOD_SECONDS = 7 * 86400.0
 DEFAULT_SAMPLE = 1024
 MAX_ALERTS = 8
@@ -186,7 +188,7 @@ def find(audits: tuple[DiskAudit, ...], disk: DiskId) -> DiskAudit:
     return next((audit for audit in audits if audit.disk == disk), DiskAudit(disk))
 
 
-def distrust(audits: tuple[DiskAudit, ...], disk: DiskId, tracker: str) -> tuple[DiskAudit, ...]:
+def distrust(audits: tuple[DiskAudit, ...], disk: DiskId, tracker: str = ANYBODY) -> tuple[DiskAudit, ...]:
     """Note that this tracker is not to be believed of the disk until all of it was read."""
     audit = find(audits, disk)
     changed = msgspec.structs.replace(audit, distrusted=tuple(sorted({*audit.distrusted, tracker})))

@@ -19,6 +19,7 @@ from replica.plan import Mode
 from replica.primary import audits
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.status import machine_status
+from replica.store import read_files
 
 G, W = 4096, 4 << 20
 
@@ -230,6 +231,91 @@ def test_a_resized_disk_with_a_tracker(lab: Lab, rct: Rct) -> None:
     lab.sync()
     lab.assert_equal()
     assert (state(lab).trusted, lab.head.notes) == (("rct",), ())
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+def test_a_replaced_disk_is_read_whole(lab: Lab, rct: Rct, freezing: bool, cut: bool) -> None:
+    """Its name is that of the disk before, of which the tracker knows what was written."""
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.sync()
+    lab.sync()
+    other = lab.images["os"] = lab.root / "other.raw"
+    lab.data["os"] = lab.rng.integers(1, 256, 6 * W, np.uint8)
+    other.write_bytes(lab.data["os"].tobytes())
+    rct.blind = {("os", grain) for grain in range(6 * W // G)}
+    disks = tuple(replace(disk, image=lab.images[disk.name]) for disk in lab.machine.disks)
+    lab.machine = replace(lab.machine, disks=disks)
+    if cut:
+        link = lab.link()
+
+        def before(name: str, _arguments: object) -> None:
+            if name == "commit":
+                raise TransportError("cut")
+
+        link.before = before
+        with pytest.raises(TransportError):
+            lab.sync(link, retry_seconds=0)
+    lab.sync()
+    lab.assert_equal()
+    assert (state(lab).trusted, state(lab, "data").trusted) == ((), ("rct",))
+    assert record(lab).alerts == (), "it missed nothing: it was not asked"
+    rct.blind = set()
+    lab.scribble("os", 9 * G, 1)
+    assert lab.sync().bytes_changed == G
+    assert state(lab).trusted == ("rct",)
+    lab.assert_equal()
+
+
+def test_disks_that_swap_their_names_are_read_whole(lab: Lab, rct: Rct) -> None:
+    lab.sync()
+    lab.sync()
+    names = {"os": "data", "data": "os"}
+    disks = tuple(replace(disk, name=names[disk.name]) for disk in lab.machine.disks)
+    lab.machine = replace(lab.machine, disks=disks)
+    lab.images = {names[name]: path for name, path in lab.images.items()}
+    lab.data = {names[name]: array for name, array in lab.data.items()}
+    rct.marks = {m: {names[name]: array for name, array in held.items()} for m, held in rct.marks.items()}
+    rct.blind = {(name, grain) for name in names for grain in range(6 * W // G)}
+    for name in names:
+        lab.scribble(name, W + 100, 10)
+    lab.sync()
+    lab.assert_equal()
+    assert {s.trusted for s in lab.head.disks} == {()} and record(lab).alerts == ()
+
+
+def test_a_tracker_knows_nothing_of_the_machines_files(lab: Lab, rct: Rct, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lab.root / "web-1.xml"
+    file.write_bytes(b"<domain/>")
+    lab.machine = replace(lab.machine, files=(file,))
+    clean = lambda _since, _mark, disks: {disk.name: DirtyBitmap(disk.count_grains) for disk in disks}  # noqa: E731
+    monkeypatch.setattr(rct, "dirty", clean)
+    lab.sync()
+    file.write_bytes(b"<another/>")
+    lab.sync()
+    with lab.reader().open_point(2) as opened:
+        assert list(read_files(opened).values()) == [b"<another/>"]
+    assert record(lab).alerts == ()
+
+
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+def test_a_lost_state_directory_believes_no_tracker_until_all_was_read(lab: Lab, rct: Rct, freezing: bool) -> None:
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.sync()
+    shutil.rmtree(lab.spec.state)
+    rct.blind = {("os", 9)}
+    link = lab.link()
+
+    def after(name: str, _arguments: object) -> None:
+        if name == "adopt":
+            lab.scribble("os", 9 * G, G)
+
+    link.after = after
+    assert lab.sync(link).mode is Mode.RESYNC
+    lab.assert_equal()
+    assert {s.trusted for s in lab.head.disks} == {()} and record(lab).alerts == ()
 
 
 def test_a_lost_state_directory_asks_no_tracker(lab: Lab, rct: Rct) -> None:
