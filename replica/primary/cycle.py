@@ -126,7 +126,7 @@ def sync_machine(
     directory = MachineDirectory(fs, spec.machine_directory(machine.name))
     patience = Patience(retry_seconds, stop)
     with directory.locked(machine.name), noted(fs, directory.path), stopping(stop, receiver):
-        thaw_marked(fs, directory.path, machine.freezing)
+        thaw_marked(fs, directory.path, machine.freezing, machine.images)
         return _Cycle(fs, spec, machine, directory, receiver, progress, patience, wait_limit_seconds).run(rebuild)
 
 
@@ -323,8 +323,8 @@ class _Cycle:
         return self._result(point, series, self._mode(ship.base))
 
     def _freeze(self) -> Snapshot:
-        paths = {disk.name: disk.image for disk in self.machine.disks}
-        return freeze(self.fs, self.directory.path, self.machine.name, paths, self.machine.freezing)
+        machine = self.machine
+        return freeze(self.fs, self.directory.path, machine.name, machine.images, machine.freezing)
 
     def _unknown(self, record: MachineRecord, base: State) -> list[Disk]:
         """The disks of the head that the trackers do not describe, or are not believed to."""

@@ -86,9 +86,10 @@ class Thawing:
         if self._stop.is_set():
             return
         directory = MachineDirectory(self._fs, self._spec.state / name)
+        machine = self._configured.get(name)
         try:
             with directory.locked(name):
-                thaw_marked(self._fs, directory.path, _freezing(self._configured.get(name)))
+                thaw_marked(self._fs, directory.path, _freezing(machine), {} if machine is None else machine.images)
         except BusyError as error:
             _log.log(logging.ERROR if name in self._chosen else logging.DEBUG, "machine %r: %s", name, error)
         except ReplicaError as error:

@@ -168,6 +168,18 @@ def test_marked_machines_are_thawed_before_their_turn_comes(lab: Lab, many: Send
     assert log.read_text().count("thaw") == 3, "once before, once at the start, and once for its own cycle"
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_damaged_mark_is_thawed_as_configured(lab: Lab, many: SenderSpec, chosen: bool) -> None:
+    log = lab.root / "log"
+    thaw = f"echo $REPLICA_MACHINE $REPLICA_DISK_0_NAME >> {log}"
+    spec = replace(many, machines=(replace(many.machines[0], freeze="true", thaw=thaw),))
+    path = spec.machine_directory("a")
+    path.mkdir(parents=True)
+    (path / "frozen").write_bytes(b"rot")
+    sync_machines(lab.fs, spec, spec.machines if chosen else (), connect=connecting(lab, []))
+    assert log.read_text().split()[:2] == ["a", "os"] and not (path / "frozen").exists()
+
+
 def hanging(lab: Lab, many: SenderSpec) -> tuple[SenderSpec, Path]:
     """`c` and `d` are marked; what thaws them hangs until that file is there, and says that it has begun."""
     free = lab.root / "free"

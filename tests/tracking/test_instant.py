@@ -171,6 +171,17 @@ def test_the_mark_remembers_how_to_thaw(image: Path, state: Path, commands: Comm
     assert commands.said == ["thawed"]
 
 
+def test_a_damaged_mark_is_thawed_with_the_configured_environment(image: Path, state: Path, commands: Commands) -> None:
+    """A thaw command that finds its guest there would else thaw nothing, or another one."""
+    spec = FreezeSpec("true", f"echo $REPLICA_MACHINE $REPLICA_DISK_0_IMAGE >> {commands.log}")
+    for asked in (thaw_marked, lambda *a: freeze(a[0], a[1], "state", a[3], a[2]).__exit__()):
+        (state / "frozen").write_bytes(b"rot" if asked is thaw_marked else bytes(1 << 26))  # more than is ever read
+        asked(FS, state, spec, {"os": image})
+        assert commands.said[:2] == ["state", str(image)]
+        assert not (state / "frozen").exists()
+        commands.log.write_text("")
+
+
 def test_a_damaged_mark_without_a_command_asks_for_hands(state: Path, commands: Commands) -> None:
     (state / "frozen").write_bytes(b"rot")
     with pytest.raises(FreezeError, match="by hand"):
