@@ -31,6 +31,7 @@ with its own two system calls: the one exception to `durable` being the only doo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -180,8 +181,11 @@ class _Lock:
                 time.sleep(0.05)
 
     def note(self) -> None:
-        """From now on a command runs in this process's session."""
-        session = {"session": os.getpid(), "started": _stat(os.getpid())[_STARTED], "where": _where()}
+        """From now on a command runs in this process's session. OSError if that cannot be noted."""
+        stat = _stat(os.getpid())
+        if not stat or not _where():
+            raise OSError(errno.ENOENT, "/proc cannot be read")
+        session = {"session": os.getpid(), "started": stat[_STARTED], "where": _where()}
         os.pwrite(self._fd, json.dumps(session).encode(), 0)
 
     def forget(self) -> None:
@@ -195,7 +199,7 @@ class _Lock:
             session, started, where = int(noted["session"]), str(noted["started"]), str(noted["where"])
         except (ValueError, TypeError, KeyError):  # nothing is noted, or the host went down while it was written
             where = ""
-        if where == _where() and not _end_session(session, started):
+        if where and where == _where() and not _end_session(session, started):
             return False
         self.forget()
         return True
@@ -214,9 +218,15 @@ def _stat(pid: int) -> list[str]:
 
 
 def _where() -> str:
-    """Which host, since which start, and which of its process trees: elsewhere the same number is another process."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    """Which host, since which start, and which of its process trees: elsewhere the same number is another process.
+
+    Empty where there is no /proc.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _end_session(session: int, started: str) -> bool:
@@ -305,7 +315,7 @@ def _freeze(order: dict[str, Any], lock: _Lock) -> tuple[str, str]:
     try:
         lock.note()
     except OSError as error:
-        return "", f"{order['lock']} cannot be written: {error.strerror}"
+        return "", f"that it runs cannot be noted in {order['lock']}: {error.strerror}"
     found = _run(order["freeze"], order["environment"], order["limit"])
     lock.forget()
     return found

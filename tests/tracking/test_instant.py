@@ -368,6 +368,26 @@ def test_only_the_session_that_was_noted_is_ended(tmp_path: Path) -> None:
         os.close(lock._fd)
 
 
+def test_without_proc_nothing_is_frozen_and_thaw_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_stat", lambda _pid: [])
+    monkeypatch.setattr(watchdog, "_where", lambda: "")
+    path = tmp_path / "frozen.lock"
+    path.write_text(json.dumps({"session": 1, "started": "1", "where": ""}))
+    lock = watchdog._Lock.take(str(path), 0)
+    assert lock is not None and lock.end_other()
+    order = {"lock": str(path), "freeze": ["touch", str(tmp_path / "frozen")], "environment": {}, "limit": 1}
+    assert "/proc cannot be read" in watchdog._freeze(order, lock)[1] and not (tmp_path / "frozen").exists()
+    order |= {
+        "thaw": ["touch", str(tmp_path / "thawed")],
+        "thaw_limit": 9,
+        "thaw_again": (),
+        "mark": str(tmp_path / "m"),
+    }
+    watchdog._thaw(order, "request", SimpleNamespace(tell=lambda *_a, **_k: None), lock)  # type: ignore[arg-type]
+    assert (tmp_path / "thawed").exists()
+    os.close(lock._fd)
+
+
 def test_what_cannot_be_ended_keeps_the_mark_and_freezes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
