@@ -14,6 +14,7 @@ from replica.model import rfc3339
 
 if TYPE_CHECKING:
     from replica.durable import FileSystem
+    from replica.errors import ReplicaError
     from replica.primary.status import MachineStatus
     from replica.receiver.spec import SiteSpec
     from replica.store import ReplicaReader
@@ -42,27 +43,60 @@ def status(config: Path, as_json: bool) -> None:
 
 
 def _receiver(config: Path, as_json: bool) -> None:
-    from replica.cli.replicas import all_replicas, full_name
+    from replica.cli.replicas import full_name
     from replica.config import load_receiver
     from replica.durable import FileSystem
+    from replica.errors import ReplicaError
 
     fs, spec = FileSystem(), load_receiver(config)
-    readers, broken = all_replicas(fs, spec)
-    told = {full_name(reader): warnings(fs, spec, reader) for reader in readers}
-    rows = [{**_replica(fs, reader), "warnings": told[full_name(reader)]} for reader in readers]
+    readers, broken = _found(fs, spec)
+    told: list[tuple[str, str]] = []
+    rows: list[dict[str, object]] = []
+    unreadable = [{"directory": str(path), "error": error_fields(error)} for path, error in broken]
+    for reader in readers:
+        name, directory = full_name(reader), str(reader.layout.root)
+        try:
+            row, texts = _replica(fs, reader), warnings(fs, spec, reader)
+        except ReplicaError as error:
+            identity = {"machine": reader.identity.machine, "owner": reader.identity.owner}
+            unreadable.append({**identity, "directory": directory, "error": error_fields(error)})
+            told.append((name, f"it cannot be read: {error}"))
+            continue
+        rows.append({**row, "warnings": texts})
+        told += [(name, text) for text in texts]
     if as_json:
-        print_json([*rows, *({"directory": str(path), "error": error_fields(error)} for path, error in broken)])
+        print_json([*rows, *unreadable])
         return
-    if not rows and not broken:
+    if not rows and not unreadable:
         click.echo("no replica yet")
     if rows:
         headers = ("machine", "owner", "point", "frozen at", "behind", "points", "stored", "head", "state")
         print_table(headers, [_line(row) for row in rows])
-    for name, texts in told.items():
-        for text in texts:
-            click.echo(f"{name}: {text}")
-    for path, error in broken:
-        click.echo(f"{path}: {error}")
+    for name, text in told:
+        click.echo(f"{name}: {text}")
+    for path, failure in broken:
+        click.echo(f"{path}: {failure}")
+
+
+def _found(fs: FileSystem, spec: SiteSpec) -> tuple[list[ReplicaReader], list[tuple[Path, ReplicaError]]]:
+    """Every replica that can be opened, and what cannot be read: replicas, or a whole storage. None hides another."""
+    from dataclasses import replace
+
+    from replica.cli.replicas import all_replicas
+    from replica.errors import ReplicaError
+
+    readers: list[ReplicaReader] = []
+    broken: list[tuple[Path, ReplicaError]] = []
+    for name, storage in spec.storages.items():
+        try:
+            found, unreadable = all_replicas(fs, replace(spec, storages={name: storage}))
+        except ReplicaError as error:
+            broken.append((storage.path, error))
+            continue
+        readers += found
+        broken += unreadable
+    readers.sort(key=lambda reader: (reader.identity.machine, reader.identity.owner, str(reader.identity.replica_id)))
+    return readers, broken
 
 
 def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]:

@@ -4,6 +4,12 @@ Built from the record before anything is read; asked for the candidates when the
 machine is frozen; and then the states of the result, and the record that is
 stored when they are committed, follow from what was believed. `tracking.audit`
 is the arithmetic of it.
+
+A part of a copy is no instant of the machine: of what it did not reach it holds
+what was there before. A delta that was meant to be the point may become a part
+after the tracker was given its id for the instant. So nobody is asked what
+changed since a part, whatever name a tracker remembers, and nobody is believed:
+the point after parts is read whole.
 """
 
 from __future__ import annotations
@@ -16,10 +22,12 @@ import msgspec
 
 from replica.bitmap import DirtyBitmap
 from replica.errors import AuditMissError
-from replica.model import MAX_NOTE_CHARACTERS, DeltaId, DiskId, DiskState, State
+from replica.machine_files import FILES_DISK_NAME
+from replica.model import EMPTY_DELTA_ID, MAX_NOTE_CHARACTERS, DeltaId, DiskId, DiskState, State
 from replica.primary.record import MachineRecord
 from replica.primary.spec import MachineSpec
 from replica.tracking.audit import (
+    ANYBODY,
     HASH,
     MAX_ALERTS,
     AuditAlert,
@@ -28,6 +36,7 @@ from replica.tracking.audit import (
     can_name,
     distrust,
     find,
+    on_clock,
     plan_windows,
     read_state,
 )
@@ -54,9 +63,11 @@ class Audits:
         self._tracker, self._base, self._point, self._delta_id = machine.tracker, base, point, delta_id
         self._disks = record.disks
         self._now_ns = time.time_ns()
-        self._audits = [find(record.audits, disk.id) for disk in record.disks]
-        name = machine.tracker.name if machine.tracker is not None else HASH
         ahead, period = machine.every_seconds, machine.audit_period_seconds
+        self._audits = [
+            on_clock(find(record.audits, disk.id), disk, self._now_ns, ahead, period) for disk in record.disks
+        ]
+        name = machine.tracker.name if machine.tracker is not None else HASH
         self.plans = [
             AuditPlan()
             if part
@@ -72,13 +83,17 @@ class Audits:
         """
         if self._tracker is None or self._part:
             return [None] * len(self._disks)
-        states = [self._base.disk(disk.id) for disk in self._disks]
+        partial = self._base.partial
+        since = EMPTY_DELTA_ID if partial else self._base.delta_id
+        states = [None if partial else self._base.disk(disk.id) for disk in self._disks]
         before = [state.disk if state is not None else None for state in states]
-        found = ask(self._tracker, self._base.delta_id, self._delta_id, self._disks, before)
+        found = ask(self._tracker, since, self._delta_id, self._disks, before)
         for index, (audit, plan) in enumerate(zip(self._audits, self.plans, strict=True)):
             name = plan.tracker
             known = fresh[index] or self._disks[index].id in compared
-            if known or name in audit.distrusted or not can_name(states[index], name):
+            files = self._disks[index].name == FILES_DISK_NAME  # it is made here: nobody else can know of it
+            distrusted = name in audit.distrusted or ANYBODY in audit.distrusted
+            if known or files or distrusted or not can_name(states[index], name):
                 found[index] = None
             self._believed[index] = name if found[index] is not None else None
         return found

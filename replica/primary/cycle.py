@@ -49,6 +49,7 @@ from replica.errors import (
     TrackerDamageError,
 )
 from replica.images import Image
+from replica.machine_files import FILES_DISK_NAME
 from replica.model import MAX_NOTES, Consistency, Disk, DiskId, Frozen, ReplicaId, State
 from replica.plan import Cancel, DiscardPending, Fold, Mode, PrimaryView, Readopt, ReplicaView, Ship, Wait, next_step
 from replica.primary.audits import after_miss
@@ -65,7 +66,7 @@ from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import noted
 from replica.primary.stopping import stopping
 from replica.progress import Progress, silent
-from replica.tracking.audit import HASH
+from replica.tracking.audit import HASH, distrust
 from replica.tracking.hash import HashTracker
 from replica.tracking.instant import Snapshot, freeze, thaw_marked
 from replica.tracking.rebuild import Rebuilt
@@ -125,7 +126,7 @@ def sync_machine(
     directory = MachineDirectory(fs, spec.machine_directory(machine.name))
     patience = Patience(retry_seconds, stop)
     with directory.locked(machine.name), noted(fs, directory.path), stopping(stop, receiver):
-        thaw_marked(fs, directory.path, machine.freezing)
+        thaw_marked(fs, directory.path, machine.freezing, machine.images)
         return _Cycle(fs, spec, machine, directory, receiver, progress, patience, wait_limit_seconds).run(rebuild)
 
 
@@ -233,11 +234,22 @@ class _Cycle:
         return record, step
 
     def _match(self, record: MachineRecord, info: ReplicaInfo, wanted: tuple[Wanted, ...]) -> MachineRecord:
-        """Which disk is which, noted before anything is tracked under its id."""
+        """Which disk is which, noted before anything is tracked under its id.
+
+        A disk that is read from another image may have been replaced. An integration's tracker, which is asked by the
+        disk's name, is not believed of it until it was read whole; that is noted with the path, or it would be
+        forgotten if this cycle ended before its point.
+        """
         disks, paths = match_disks(wanted, known_disks(record.disks, record.images, info.head))
         if (disks, paths) == (record.disks, record.images):
             return record
-        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths))
+        known = known_disks(record.disks, record.images, None)
+        before = {entry.disk.id: entry.image for entry in known}
+        audits = record.audits
+        for disk, path in zip(disks, paths, strict=True):
+            if before.get(disk.id) != path:
+                audits = distrust(audits, disk.id)
+        return self.directory.save(msgspec.structs.replace(record, disks=disks, images=paths, audits=audits))
 
     def _readopt(self, record: MachineRecord, step: Readopt) -> tuple[MachineRecord, ReplicaInfo]:
         _log.warning(
@@ -311,8 +323,8 @@ class _Cycle:
         return self._result(point, series, self._mode(ship.base))
 
     def _freeze(self) -> Snapshot:
-        paths = {disk.name: disk.image for disk in self.machine.disks}
-        return freeze(self.fs, self.directory.path, self.machine.name, paths, self.machine.freezing)
+        machine = self.machine
+        return freeze(self.fs, self.directory.path, machine.name, machine.images, machine.freezing)
 
     def _unknown(self, record: MachineRecord, base: State) -> list[Disk]:
         """The disks of the head that the trackers do not describe, or are not believed to."""
@@ -370,6 +382,12 @@ class _Cycle:
 
 
 def _comparable(disk: Disk, base: State, found: Mapping[DiskId, Rebuilt]) -> bool:
-    """Whether what a comparison found is all that may differ: of a disk that grew it says nothing of the rest."""
+    """Whether what a comparison found is all that may differ.
+
+    Of a disk that grew it says nothing of the rest. The machine's files are read anew for the point, and only that
+    reading is proven to be one instant: a file may have changed since the comparison where nothing had differed.
+    """
     before = base.disk(disk.id)
-    return disk.id in found and before is not None and before.disk.size_bytes == disk.size_bytes
+    if disk.name == FILES_DISK_NAME or disk.id not in found:
+        return False
+    return before is not None and before.disk.size_bytes == disk.size_bytes

@@ -55,7 +55,8 @@ class Known(NamedTuple):
 def measure(fs: FileSystem, machine: MachineSpec) -> tuple[Wanted, ...]:
     """The machine's disks as their images are now, and the one for its files.
 
-    Raises ImageError, and what reading the files raises: better now than when the machine is frozen for them.
+    Raises ImageError, and what reading the files raises: better now than when the machine is frozen for them. Only what
+    `freeze` may stop, that they are being written, is left to the instant.
     """
     found = []
     for spec in machine.disks:
@@ -63,7 +64,7 @@ def measure(fs: FileSystem, machine: MachineSpec) -> tuple[Wanted, ...]:
             disk = Disk(UNKNOWN_DISK_ID, spec.name, image.size_bytes, image.sector_bytes)
         found.append(Wanted(disk, str(spec.image), spec.formerly))
     if machine.files:
-        FilesImage(fs, machine.files)
+        FilesImage(fs, machine.files, running=machine.freeze is not None)
         found.append(Wanted(Disk(UNKNOWN_DISK_ID, FILES_DISK_NAME, FILES_DISK_BYTES)))
     return tuple(found)
 

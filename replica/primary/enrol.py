@@ -27,6 +27,7 @@ from replica.plan import check_epoch
 from replica.primary.disks import Wanted, known_disks, match_disks, measure, names_of
 from replica.primary.record import MachineDirectory, MachineRecord, Stage
 from replica.primary.spec import MachineSpec, SenderSpec
+from replica.tracking.audit import ANYBODY, DiskAudit
 from replica.transport.api import Receiver
 from replica.transport.wire import Adopt, Enrol, ReplicaInfo
 
@@ -161,8 +162,19 @@ def _find(
             hint="put that directory back from where keys are kept in escrow, or name the machine otherwise",
         )
     disks, paths = match_disks(wanted, known_disks((), (), info.head))
+    audits = tuple(DiskAudit(disk.id, distrusted=(ANYBODY,)) for disk in disks)  # whom to believe is lost, too
     return MachineRecord(
-        machine.name, info.replica_id, key.id, random_id(), info.epoch, Stage.ADOPTING, disks, None, False, paths
+        machine.name,
+        info.replica_id,
+        key.id,
+        random_id(),
+        info.epoch,
+        Stage.ADOPTING,
+        disks,
+        None,
+        False,
+        paths,
+        audits,
     )
 
 

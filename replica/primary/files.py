@@ -23,7 +23,7 @@ from replica.errors import ConfigError, ImageError, StorageError
 from replica.images.image import check_range, writable_bytes
 from replica.machine_files import FILES_DISK_BYTES, FILES_DISK_NAME, MAX_FILE_BYTES
 from replica.model import SECTOR_BYTES
-from replica.tracking.still import StandStill
+from replica.tracking.still import StandStill, take_stamp
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -43,10 +43,17 @@ class FilesImage:
     format, path, file_id = "raw", Path(FILES_DISK_NAME), (0, 0)
     size_bytes, sector_bytes = FILES_DISK_BYTES, SECTOR_BYTES
 
-    def __init__(self, fs: FileSystem, files: Sequence[Path]) -> None:
-        """Read them. ImageError (missing, too large), SourceBusyError (being written), ConfigError (a bad path)."""
+    def __init__(self, fs: FileSystem, files: Sequence[Path], *, running: bool = False) -> None:
+        """Read them. ImageError (missing, too large), SourceBusyError (being written), ConfigError (a bad path).
+
+        `running`: they may be written meanwhile.
+        """
+        self._still: StandStill | None = None
         try:
-            self._still = StandStill(fs, {str(path): path for path in files})
+            if not running:
+                self._still = StandStill(fs, {str(path): path for path in files})
+            for path in files:
+                take_stamp(fs, path)  # names what is no file: reading a named pipe would wait for ever
         except ImageError as error:
             raise ImageError(f"one of the machine's files cannot be read: {error.message}", hint=_HINT) from error
         content = {}
@@ -64,8 +71,9 @@ class FilesImage:
         self.check()
 
     def check(self) -> None:
-        """SourceBusyError if one of them has changed since."""
-        self._still.check()
+        """SourceBusyError if one of them has changed since, where that counts."""
+        if self._still is not None:
+            self._still.check()
 
     def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         if start < min(stop, len(self._data)):

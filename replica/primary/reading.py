@@ -202,7 +202,7 @@ class Reading:
 def open_disk(fs: FileSystem, machine: MachineSpec, snapshot: Snapshot, disk: Disk) -> Image:
     """The image to read, or the snapshot of it that `freeze` named; in the image's format either way."""
     if disk.name == FILES_DISK_NAME:
-        return FilesImage(fs, machine.files)
+        return FilesImage(fs, machine.files, running=isinstance(snapshot, Running))
     spec = next(spec for spec in machine.disks if spec.name == disk.name)
     path = snapshot.paths[disk.name]
     image = images.open(path, images.format_of(spec.image, spec.format), fs=fs)

@@ -4,7 +4,7 @@ At most `spec.parallel` machines are at work at once; each cycle has a
 connection for itself, which a later one may go on with (`connections`). What
 goes wrong on one machine is logged, noted in its status and tried again later;
 it never stops another one, also if it is a fault in this program. One line is
-logged per cycle.
+logged per cycle. Machines that are marked as frozen are thawed first (`thawing`).
 
 A receiver that still applies a delta holds its machine's place among these no
 longer than `every` or a minute: the cycle ends, the next one asks again.
@@ -25,17 +25,16 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from replica.durable import FileSystem
-from replica.errors import BusyError, ConfigError, ReplicaError, StorageError
+from replica.errors import ReplicaError, StorageError
 from replica.model import rfc3339
 from replica.primary.connections import Connect, Connections
 from replica.primary.cycle import RETRY_SECONDS, WAIT_LIMIT_SECONDS, SyncResult, sync_machine
-from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
 from replica.primary.schedule import Schedule
 from replica.primary.spec import MachineSpec, SenderSpec
 from replica.primary.status import note_due
+from replica.primary.thawing import Thawing
 from replica.progress import Progress, silent
-from replica.tracking.instant import FreezeSpec, marked, thaw_marked
 
 SHORTEST_WAIT_SECONDS = 60.0
 _TICK_SECONDS = 0.2
@@ -66,18 +65,19 @@ def sync_machines(
     `rebuild`: compare with the replica first, also where nothing is wrong.
     """
     chosen = spec.machines if machines is None else machines
-    thaw_all(fs, spec, chosen)
-    if not chosen:
-        return []
     with (
         Connections(spec.tls, connect) as connections,
-        ThreadPoolExecutor(min(spec.parallel, len(chosen)), "sync") as pool,
+        Thawing(fs, spec, chosen, stop) as thawing,
+        ThreadPoolExecutor(max(1, min(spec.parallel, len(chosen))), "sync") as pool,
     ):
 
         def cycle(machine: MachineSpec) -> Outcome:
+            thawing.wait(machine.name)
             return one_cycle(fs, spec, machine, connections, progress(machine.name), stop, rebuild=rebuild)
 
-        return list(pool.map(cycle, chosen))
+        in_order = sorted(range(len(chosen)), key=lambda n: thawing.is_at(chosen[n].name))  # those that wait come last
+        cycles = {n: pool.submit(cycle, chosen[n]) for n in in_order}
+        return [cycles[n].result() for n in range(len(chosen))]
 
 
 def one_cycle(
@@ -118,36 +118,6 @@ def one_cycle(
         return Outcome(machine.name, error=ReplicaError(f"a fault in the engine: {error!r}", hint="the log has more"))
 
 
-def thaw_all(fs: FileSystem, spec: SenderSpec, machines: tuple[MachineSpec, ...]) -> None:
-    """Thaw every machine that an earlier process may have left frozen, before any cycle takes its time.
-
-    What counts is the mark in the state directory: a machine that is not in the configuration any more is thawed by
-    the command in its mark. One that cannot be thawed is logged; the cycle of one of `machines` fails with the same
-    error. One that is not of `machines` may be at work in another process, which is no error.
-    """
-    chosen = {machine.name for machine in machines}
-    configured = {machine.name: machine for machine in spec.machines + machines}
-    for name in fs.list_names(spec.state):
-        directory = MachineDirectory(fs, spec.state / name)
-        if not marked(fs, directory.path):
-            continue
-        try:
-            with directory.locked(name):
-                thaw_marked(fs, directory.path, _freezing(configured.get(name)))
-        except BusyError as error:
-            _log.log(logging.ERROR if name in chosen else logging.DEBUG, "machine %r: %s", name, error)
-        except ReplicaError as error:
-            _log.error("machine %r: %s", name, error)
-
-
-def _freezing(machine: MachineSpec | None) -> FreezeSpec:
-    """How to thaw it; without the configuration, or with one that is wrong, the mark says how."""
-    try:
-        return FreezeSpec() if machine is None else machine.freezing
-    except ConfigError:
-        return FreezeSpec()
-
-
 @dataclass
 class _Job:
     """One machine under `run`."""
@@ -169,19 +139,17 @@ def run(
     fs = fs or FileSystem()
     jobs = [_Job(machine, Schedule.starting(machine.every_seconds, clock())) for machine in spec.machines]
     ended: SimpleQueue[_Job] = SimpleQueue()
-    thaw_all(fs, spec, spec.machines)
-    if not jobs:
-        return
     with (
         Connections(spec.tls, connect) as connections,
-        ThreadPoolExecutor(min(spec.parallel, len(jobs)), "cycle") as pool,
+        Thawing(fs, spec, spec.machines, stop) as thawing,
+        ThreadPoolExecutor(max(1, min(spec.parallel, len(jobs))), "cycle") as pool,
     ):
-        while not stop.is_set():
+        while jobs and not stop.is_set():
             for job in jobs:
-                if job.running is None and job.schedule.due <= clock():
+                if job.running is None and job.schedule.due <= clock() and not thawing.is_at(job.machine.name):
                     job.running = pool.submit(_scheduled, fs, spec, job.machine, connections, stop)
                     job.running.add_done_callback(lambda _running, job=job: ended.put(job))  # type: ignore[misc]
-            for job in _wait(jobs, ended, stop, clock):
+            for job in _wait([job for job in jobs if not thawing.is_at(job.machine.name)], ended, stop, clock):
                 assert job.running is not None
                 _end(fs, spec, job, job.running.result(), clock)
             connections.close_idle()

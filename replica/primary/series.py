@@ -88,7 +88,7 @@ class Series:
         return self.directory.path
 
     def running(self) -> Snapshot:
-        return Running({disk.name: disk.image for disk in self.machine.disks})
+        return Running(self.machine.images)
 
     def run(self, instant: Instant, whole: Extent, *, parts_first: bool, cover: bool = False) -> State:
         """See the module. The point, committed; `record` is folded.

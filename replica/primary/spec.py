@@ -76,6 +76,11 @@ class MachineSpec:
             raise ValueError(f"machine {self.name!r} needs a period and a sample that an audit can have")
 
     @property
+    def images(self) -> dict[str, Path]:
+        """Disk name -> image."""
+        return {disk.name: disk.image for disk in self.disks}
+
+    @property
     def freezing(self) -> FreezeSpec:
         return FreezeSpec(self.freeze, self.thaw, self.freeze_limit_seconds, self.consistency)
 

@@ -36,7 +36,7 @@ class Word(StrEnum):
     FAILING = "failing"  # the last cycle failed
     INTERRUPTED = "interrupted"  # the process that ran the last cycle is gone
     FROZEN = "frozen"  # its freeze may still hold; the next cycle thaws it first
-    DAMAGED = "damaged"  # its record cannot be read
+    DAMAGED = "damaged"  # its state directory cannot be read
 
 
 class LastError(Frozen, frozen=True):
@@ -84,24 +84,24 @@ class MachineStatus(Frozen, frozen=True):
 
 
 def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_ns: int | None = None) -> MachineStatus:
-    """What the machine's state directory says. Raises StorageError only if that cannot be read at all."""
+    """What the machine's state directory says. What of it cannot be read is `last_error`; nothing is raised."""
     now_ns = time.time_ns() if now_ns is None else now_ns
     path = spec.machine_directory(machine.name)
     cycle = read_status(fs, path)
     error = cycle.last_error if cycle else None
+    record = None
     try:
         record = MachineDirectory(fs, path).load()
-        damage = None
-    except FormatError as failure:
-        record, damage = None, failure
-        error = error_of(failure, now_ns)
+        word = _word(fs, path, cycle, record is not None and record.head is not None and record.head.point > 0)
+    except (FormatError, StorageError) as failure:
+        word, error = Word.DAMAGED, error_of(failure, now_ns)
     head = record.head if record is not None and record.head is not None and record.head.point else None
     frozen_at_ns = record.newest_frozen_at_ns if record is not None and head is not None else None
     partial = record is not None and record.head is not None and record.head.partial
     return MachineStatus(
         machine=machine.name,
         to=machine.to,
-        state=_word(fs, path, cycle, damage is not None, head is not None),
+        state=word,
         replica_id=record.replica_id if record is not None else None,
         point=head.point if head else 0,
         frozen_at_ns=frozen_at_ns,
@@ -113,9 +113,7 @@ def machine_status(fs: FileSystem, spec: SenderSpec, machine: MachineSpec, now_n
     )
 
 
-def _word(fs: FileSystem, path: Path, cycle: CycleStatus | None, damaged: bool, committed: bool) -> Word:
-    if damaged:
-        return Word.DAMAGED
+def _word(fs: FileSystem, path: Path, cycle: CycleStatus | None, committed: bool) -> Word:
     if is_running(fs, path):
         return Word.SYNCING
     if fs.exists(path / "frozen"):
@@ -145,7 +143,7 @@ def error_of(error: ReplicaError, now_ns: int) -> LastError:
 def read_status(fs: FileSystem, path: Path) -> CycleStatus | None:
     """The last cycle's status; None if there is none that can be read."""
     file = path / "status.json"
-    with suppress(FormatError):
+    with suppress(FormatError, StorageError):
         return documents.load(fs, file, CycleStatus) if fs.exists(file) else None
     return None
 

@@ -42,6 +42,8 @@ from replica.tracking.digests import count_windows
 
 HASH = "hash"
 """The name of the tracker that reads everything."""
+ANYBODY = "*"
+"""Among those that are distrusted: every integration's tracker."""
 DEFAULT_PERIOD_SECONDS = 7 * 86400.0
 DEFAULT_SAMPLE = 1024
 MAX_ALERTS = 8
@@ -86,9 +88,26 @@ def plan_windows(audit: DiskAudit, disk: Disk, now_ns: int, ahead_seconds: float
     total = count_windows(disk)
     first = min(audit.cursor, total)
     elapsed = max(0.0, (now_ns - audit.started_ns) / 1e9) if audit.started_ns else 0.0
-    round_seconds = max(1.0, period_seconds - ahead_seconds)
-    due = math.ceil(total * min(1.0, (elapsed + ahead_seconds) / round_seconds))
+    due = math.ceil(total * min(1.0, (elapsed + ahead_seconds) / _round_seconds(ahead_seconds, period_seconds)))
     return range(first, max(first, due))
+
+
+def _round_seconds(ahead_seconds: float, period_seconds: float) -> float:
+    return max(1.0, period_seconds - ahead_seconds)
+
+
+def on_clock(audit: DiskAudit, disk: Disk, now_ns: int, ahead_seconds: float, period_seconds: float) -> DiskAudit:
+    """The audit by a clock that may have been set back.
+
+    A round that began in the future would wait until then, which may be years. It goes on where it is, as if it had
+    begun so long ago as it takes to come there.
+    """
+    if audit.started_ns <= now_ns:
+        return audit
+    total = count_windows(disk)
+    done = min(audit.cursor, total) / total if total else 0.0
+    ago_ns = int(done * _round_seconds(ahead_seconds, period_seconds) * 1e9)
+    return msgspec.structs.replace(audit, started_ns=max(1, now_ns - ago_ns))
 
 
 def advanced(audit: DiskAudit, disk: Disk, windows: range, point: int, now_ns: int, *, full: bool) -> DiskAudit:
@@ -169,7 +188,7 @@ def find(audits: tuple[DiskAudit, ...], disk: DiskId) -> DiskAudit:
     return next((audit for audit in audits if audit.disk == disk), DiskAudit(disk))
 
 
-def distrust(audits: tuple[DiskAudit, ...], disk: DiskId, tracker: str) -> tuple[DiskAudit, ...]:
+def distrust(audits: tuple[DiskAudit, ...], disk: DiskId, tracker: str = ANYBODY) -> tuple[DiskAudit, ...]:
     """Note that this tracker is not to be believed of the disk until all of it was read."""
     audit = find(audits, disk)
     changed = msgspec.structs.replace(audit, distrusted=tuple(sorted({*audit.distrusted, tracker})))

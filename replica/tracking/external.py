@@ -11,8 +11,13 @@ does. Its `since` is the state that the replica really holds; a tracker that has
 mark of that name (it was lost, its log overflowed, it belongs to another host)
 answers None, and the disk is hashed whole. Marks that are not `since` may be
 forgotten when asked. So no answer of an earlier life can be taken for this one's.
+Where what the replica holds is no instant (nothing, or a part of a copy), `since`
+is `EMPTY_DELTA_ID`, which is nobody's mark: then the question is only to remember.
 
 What is answered is believed only as far as the audit finds it true (`audit`).
+And only of a disk that has the name, and is read from the image, that it had
+when it was last read whole or believed: a tracker is asked by name, and what it
+knows may be of the disk that had the name before.
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ def ask(
 
 def _usable(bitmap: DirtyBitmap | None, disk: Disk, before: Disk | None) -> DirtyBitmap | None:
     """The bitmap with what a change of size touches marked, too; None if it is not this disk's."""
-    if bitmap is None or before is None:
+    if bitmap is None or before is None or before.name != disk.name:
         return None
     if not isinstance(bitmap, DirtyBitmap) or bitmap.count_grains != disk.count_grains:
         _log.warning("a tracker's bitmap is not of disk %r as it is now; the disk is hashed whole", disk.name)

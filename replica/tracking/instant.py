@@ -35,13 +35,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, Self
 
 import msgspec
 
 from replica import documents
 from replica.durable import FileSystem
-from replica.errors import ConfigError, FormatError, FreezeError, SourceBusyError
+from replica.errors import ConfigError, FormatError, FreezeError, SourceBusyError, StorageError
 from replica.model import Consistency
 from replica.tracking.guard import THAW_AGAIN_SECONDS, THAW_LIMIT_SECONDS, Answer, Guard
 from replica.tracking.still import StandStill, take_stamp
@@ -129,22 +130,25 @@ def freeze(fs: FileSystem, directory: Path, machine: str, images: Mapping[str, P
     """
     if spec.freeze is None:
         return _StillSnapshot(fs, images)
-    thaw_marked(fs, directory, spec)
+    thaw_marked(fs, directory, spec, images)
     return _FrozenSnapshot(fs, directory, machine, images, spec)
 
 
-def thaw_marked(fs: FileSystem, directory: Path, spec: FreezeSpec) -> bool:
+def thaw_marked(
+    fs: FileSystem, directory: Path, spec: FreezeSpec, images: Mapping[str, Path] = MappingProxyType({})
+) -> bool:
     """Thaw the machine if an earlier freeze may still hold; True if it was marked. FreezeError if thawing fails.
 
-    The configuration's command wins over the marked one, so that a wrong one can be corrected.
+    The configuration's command wins over the marked one, so that a wrong one can be corrected. The marked environment
+    names the disks that were frozen; `images` are those of the configuration, where the mark cannot be read.
     """
     path = directory / _MARK
     if not fs.exists(path):
         return False
     try:
         mark = documents.load(fs, path, FrozenMark)
-    except FormatError:
-        mark = FrozenMark(directory.name, 0, [], {})
+    except (FormatError, StorageError):  # a guest that hangs does not wait until its mark can be read
+        mark = FrozenMark(directory.name, 0, [], environment_of(directory.name, images))
     argv = _argv(spec.thaw) or mark.thaw
     if not argv:
         raise FreezeError(

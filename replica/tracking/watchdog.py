@@ -18,6 +18,12 @@ that prints without end keeps it from that. After a successful thaw it
 removes the durable mark; until then the mark makes the next sender thaw first.
 The lock is held all the time, so that sender waits for this thaw to end.
 
+Should it be killed itself, the command it runs goes on, and a freeze that ends
+after the next one's thaw would hold for ever. So its commands run in its
+session, and while one does, the lock's file names that session: the next
+watchdog first ends whatever is left of it. If it cannot, it thaws and leaves
+the mark, so that every cycle tries again and none freezes.
+
 It imports the standard library only, in isolated mode, and removes its mark
 with its own two system calls: the one exception to `durable` being the only door.
 """
@@ -25,6 +31,7 @@ with its own two system calls: the one exception to `durable` being the only doo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -43,6 +50,8 @@ _PIPE_READS = 17
 """Enough reads for all that a pipe holds by Linux' limit (1 MiB), and bounded."""
 
 _LINGER_SECONDS = 5.0
+_END_SECONDS = 10.0
+"""How long what a killed watchdog left running may take to end after SIGKILL."""
 
 
 class _Kept:
@@ -87,7 +96,7 @@ def _run(argv: list[str], environment: dict[str, str], limit_seconds: float) -> 
             stderr=subprocess.PIPE,
             bufsize=0,
             env={**os.environ, **environment},
-            start_new_session=True,
+            process_group=0,
         )
     except OSError as error:
         return "", f"it cannot be run: {error.strerror}"
@@ -151,18 +160,101 @@ class _Output:
                     answer = answer[os.write(1, answer) :]
 
 
-def _take_lock(path: str, wait_seconds: float) -> bool:
-    """Hold the lock until this process ends. False if another watchdog still has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + wait_seconds
-    while True:
+class _Lock:
+    """The lock on the machine's freezing, held until this process ends; its file says whose command is running."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def take(cls, path: str, wait_seconds: float) -> _Lock | None:
+        """None if another watchdog still has it."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return cls(fd)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(0.05)
+
+    def note(self) -> None:
+        """From now on a command runs in this process's session. OSError if that cannot be noted."""
+        stat = _stat(os.getpid())
+        if not stat or not _where():
+            raise OSError(errno.ENOENT, "/proc cannot be read")
+        session = {"session": os.getpid(), "started": stat[_STARTED], "where": _where()}
+        os.pwrite(self._fd, json.dumps(session).encode(), 0)
+
+    def forget(self) -> None:
+        """The command has ended, or was killed."""
+        os.ftruncate(self._fd, 0)
+
+    def end_other(self) -> bool:
+        """End what a watchdog that was killed left running. False if some of it goes on."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            noted = json.loads(os.pread(self._fd, 4096, 0))
+            session, started, where = int(noted["session"]), str(noted["started"]), str(noted["where"])
+        except (ValueError, TypeError, KeyError):  # nothing is noted, or the host went down while it was written
+            where = ""
+        if where and where == _where() and not _end_session(session, started):
+            return False
+        self.forget()
+        return True
+
+
+_STATE, _SESSION, _STARTED = 0, 3, 19
+
+
+def _stat(pid: int) -> list[str]:
+    """Of /proc/<pid>/stat what comes behind the name (proc_pid_stat(5), from field 3 on); empty: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _where() -> str:
+    """Which host, since which start, and which of its process trees: elsewhere the same number is another process.
+
+    Empty where there is no /proc.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _end_session(session: int, started: str) -> bool:
+    """Kill every process of a session; False if some are still there after a while.
+
+    A number is not given again while a process has it as its session, so another process of that number means that
+    nothing is left. Seen empty twice: a process may fork while the list is read.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    empty = 0
+    while empty < 2:
+        leader = _stat(session)
+        if leader and leader[_STARTED] != started:
             return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = [pid for pid in pids if _is_of(_stat(pid), session)]
+        empty = 0 if found else empty + 1
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if found and time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_of(stat: list[str], session: int) -> bool:
+    return bool(stat) and stat[_SESSION] == str(session) and stat[_STATE] not in ("Z", "X")
 
 
 class _Input:
@@ -193,10 +285,16 @@ def _remove_mark(mark: Path) -> None:
     os.close(fd)
 
 
-def _thaw(order: dict[str, Any], cause: str, sender: _Output) -> None:
-    """Thaw, and again if it failed: whatever stops the sender may have hit the thaw command, too."""
+def _thaw(order: dict[str, Any], cause: str, sender: _Output, lock: _Lock, left: str = "") -> None:
+    """Thaw, and again if it failed: whatever stops the sender may have hit the thaw command, too.
+
+    `left`: why the machine may be frozen again after it.
+    """
     failure = ""
     if order["thaw"]:
+        if not left:
+            with contextlib.suppress(OSError):  # a thaw is run whatever can be written
+                lock.note()
         started = time.monotonic()
         _, failure = _run(order["thaw"], order["environment"], order["thaw_limit"])
         for seconds in order["thaw_again"]:
@@ -204,24 +302,40 @@ def _thaw(order: dict[str, Any], cause: str, sender: _Output) -> None:
                 break
             time.sleep(seconds)
             _, failure = _run(order["thaw"], order["environment"], order["thaw_limit"])
+        if not left:
+            lock.forget()
+    failure = failure or left
     if not failure:
         _remove_mark(Path(order["mark"]))
     sender.tell("thawed", thawed=not failure, cause=cause, failure=failure)
 
 
+def _freeze(order: dict[str, Any], lock: _Lock) -> tuple[str, str]:
+    """Run the freeze command; (its output, why it failed or "")."""
+    try:
+        lock.note()
+    except OSError as error:
+        return "", f"that it runs cannot be noted in {order['lock']}: {error.strerror}"
+    found = _run(order["freeze"], order["environment"], order["limit"])
+    lock.forget()
+    return found
+
+
 def _obey(order: dict[str, Any], lines: _Input, sender: _Output) -> None:
-    if not _take_lock(order["lock"], order["lock_wait"]):
-        failure = "another watchdog's freeze or thaw of this machine has not ended"
-        if order["freeze"]:
-            sender.tell("frozen", frozen=False, failure=failure)
-        sender.tell("thawed", thawed=False, failure=failure)
+    lock = _Lock.take(order["lock"], order["lock_wait"])
+    if lock is None:
+        _refuse(order, sender, "another watchdog's freeze or thaw of this machine has not ended")
         return
+    left = "" if lock.end_other() else "what a killed watchdog was running cannot be ended and may freeze it again"
     started = time.monotonic()
+    if order["freeze"] and left:
+        _refuse(order, sender, left)
+        return
     if order["freeze"]:
-        output, failure = _run(order["freeze"], order["environment"], order["limit"])
+        output, failure = _freeze(order, lock)
         sender.tell("frozen", frozen=not failure, output=output, failure=failure)
         if failure:
-            _thaw(order, "request", sender)
+            _thaw(order, "request", sender, lock)
             return
         line = lines.line(max(0.0, order["limit"] - (time.monotonic() - started)))
     elif Path(order["mark"]).exists():
@@ -229,7 +343,13 @@ def _obey(order: dict[str, Any], lines: _Input, sender: _Output) -> None:
     else:
         sender.tell("thawed", thawed=True, cause="earlier", failure="")
         return
-    _thaw(order, {b"": "orphan", b"\n": "limit"}.get(line, "request"), sender)
+    _thaw(order, {b"": "orphan", b"\n": "limit"}.get(line, "request"), sender, lock, left)
+
+
+def _refuse(order: dict[str, Any], sender: _Output, failure: str) -> None:
+    if order["freeze"]:
+        sender.tell("frozen", frozen=False, failure=failure)
+    sender.tell("thawed", thawed=False, failure=failure)
 
 
 def main() -> None:

@@ -5,6 +5,11 @@ one write (one TLS record, one packet), a large body leaves in pieces, each
 under its own time limit, so that a slow line is not mistaken for a dead one;
 and every byte handed to TLS is counted.
 
+Time: an answer has to go on within `ANSWER_SECONDS`, its head to be there by
+then, and its body after as much again and `MIN_RATE` bytes a second. A limit on
+silence alone would let a receiver that sends a byte a minute hold a cycle for
+ever.
+
 Each request is one attempt. The one exception is a kept connection that proves
 dead before a byte of the answer came: the server may have closed it while it
 was idle (RFC 9112 §9.3.1), every request is idempotent, so it is made once
@@ -17,12 +22,13 @@ without a restart. Not thread-safe.
 from __future__ import annotations
 
 import http.client
+import math
 import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from replica.errors import ConfigError, ProtocolError, ReplicaError, TransportError
@@ -35,11 +41,42 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 """Longest silence of the other side, and longest time to get one piece of a body out."""
+MIN_RATE = 16 << 10
+"""Bytes a second that the body of an answer has to come at, the same that a receiver asks of a request's."""
 IDLE_SECONDS = 50.0
 """A connection idle for longer is not used again: the server closes it after 75 s."""
 PIECE_BYTES = 256 << 10
 TOGETHER_BYTES = 16 << 10
 READ_BYTES = 1 << 20
+
+
+class _Socket(ssl.SSLSocket):
+    """Reads that end at the deadline at the latest, however many there are until then. A write is one call to TLS."""
+
+    _silence, _deadline = CONNECT_SECONDS, math.inf
+    _went_on = False
+
+    def limit(self, silence_seconds: float, total_seconds: float) -> None:
+        """From now on: what one read may take, and all of them together."""
+        self._silence, self._deadline, self._went_on = silence_seconds, time.monotonic() + total_seconds, False
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        try:
+            rest = self._deadline - time.monotonic()
+            if rest <= 0:
+                raise TimeoutError
+            self.settimeout(min(self._silence, rest))
+            count = super().recv_into(buffer, nbytes, flags)
+        except TimeoutError as error:
+            if self._went_on and time.monotonic() >= self._deadline:
+                raise _TooSlowError from error
+            raise
+        self._went_on = True
+        return count
+
+
+class _TooSlowError(TimeoutError):
+    """There was no silence, but there was no end either."""
 
 
 class _Connection(http.client.HTTPSConnection):
@@ -53,13 +90,16 @@ class _Connection(http.client.HTTPSConnection):
         self.bytes_sent = 0
         self._head = bytearray()
         self._tls_context = context
+        self._tls_context.sslsocket_class = _Socket
+        self._tls: _Socket | None = None
 
     def connect(self) -> None:
         """Like the parent's, but `sock` is there from the first packet on, so that it can be shut down."""
         raw = self._connect_tcp()
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         tls = self._tls_context.wrap_socket(raw, server_hostname=self.host, do_handshake_on_connect=False)
-        self.sock = tls
+        assert isinstance(tls, _Socket)
+        self.sock = self._tls = tls
         tls.do_handshake()
 
     def _connect_tcp(self) -> socket.socket:
@@ -75,9 +115,17 @@ class _Connection(http.client.HTTPSConnection):
                 failure = error
         raise failure
 
+    def limit(self, silence_seconds: float, total_seconds: float) -> None:
+        """How long the other side may be silent, and take in all for what is read next.
+
+        `sock` is gone as soon as the head of an answer says that it is the last one; its body is still to come.
+        """
+        if self._tls is not None:
+            self._tls.limit(silence_seconds, total_seconds)
+
     def shut_down(self) -> None:
         """From any thread: whoever reads or writes gets an error. The descriptor stays theirs to close."""
-        sock = self.sock
+        sock = self.sock or self._tls
         if sock is not None:
             with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own: it takes the session away
@@ -148,6 +196,7 @@ class Connection:
         """Status and body of a good answer; a problem is raised as the error it is."""
         response = self._open(method, path, body, headers or {}, wait_seconds)
         try:
+            self._expect(wire.MAX_RESPONSE_BYTES if response.length is None else response.length)
             data = response.read(wire.MAX_RESPONSE_BYTES + 1)
             _check_complete(response, len(data) > wire.MAX_RESPONSE_BYTES)
         except (OSError, http.client.HTTPException) as error:
@@ -165,13 +214,21 @@ class Connection:
         """The body of a good answer piece by piece. The connection is busy until the iterator ends."""
         response = self._open("GET", path, (), {"Range": content_range}, 0)
         try:
+            self._expect(READ_BYTES)
             if response.status >= 300:
                 raise self._problem(response, response.read(wire.MAX_DOCUMENT_BYTES))
             while piece := response.read(READ_BYTES):
                 yield piece
+                self._expect(READ_BYTES)
             _check_complete(response)
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
+
+    def _expect(self, count_bytes: int) -> None:
+        """So many bytes of a body are read next, at the most."""
+        if self._connection is not None:
+            total = self._answer_seconds + min(count_bytes, wire.MAX_RESPONSE_BYTES) / MIN_RATE
+            self._connection.limit(self._answer_seconds, total)
 
     def _open(
         self, method: str, path: str, body: Sequence[Buffer], headers: dict[str, str], wait_seconds: float
@@ -209,7 +266,7 @@ class Connection:
             connection.deliver(body)
         except (ConnectionError, ssl.SSLError) as error:
             return self._last_words(connection, error)
-        connection.sock.settimeout(self._answer_seconds + wait_seconds)
+        connection.limit(self._answer_seconds + wait_seconds, self._answer_seconds + wait_seconds)
         response = connection.getresponse()
         connection.answers += 1
         connection.used_at = time.monotonic()
@@ -218,7 +275,7 @@ class Connection:
     def _last_words(self, connection: _Connection, error: OSError) -> http.client.HTTPResponse:
         """The peer hung up while the request was being written: why is in what it sent before, if anything."""
         try:
-            connection.sock.settimeout(1)
+            connection.limit(1, 1)
             response = connection.getresponse()
         except ssl.SSLError as alert:
             raise alert from error
@@ -246,6 +303,9 @@ class Connection:
         self.close()
         if fresh and isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             return refusal(error, self.url, self._tls)
+        if isinstance(error, _TooSlowError):
+            hint = f"a line slower than {MIN_RATE >> 10} KiB/s is too slow for it; else look at the receiver"
+            return TransportError(f"{self.url} answers so slowly that its answer was given up", hint=hint)
         if isinstance(error, TimeoutError):
             return TransportError(f"{self.url} did not answer for {self._answer_seconds:.0f} s")
         return TransportError(f"the connection to {self.url} broke: {_plain(error)}", hint="it is safe to try again")

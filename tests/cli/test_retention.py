@@ -138,3 +138,26 @@ def test_status_warns_of_what_should_be_changed(site: Site) -> None:
     assert run(["lock", "web-1", "--begin-anew", "--point", "2", "--until", "2190-01-01", "-c", str(site.config)]) == 2
     assert "no point of web-1 is locked" in site.run("lock", "web-1", "--begin-anew")
     assert run(["lock", "web-1", "--begin-anew", "-c", str(site.config)]) == 3
+
+
+@pytest.mark.parametrize("name", ["points", "head", "marks", "receipts"])
+def test_a_replica_that_cannot_be_read_hides_no_other(site: Site, name: str) -> None:
+    other = SmallPrimary({"os": 4096})
+    other.enrol(FileSystem(), site.config.parent / "replicas").close()
+    path = site.store.directory / name
+    if path.exists():
+        path.rename(site.config.parent / "aside")
+    path.symlink_to(name)  # a loop: no call on it succeeds
+    found, broken = site.json("status")
+    assert (found["point"], broken["directory"]) == (0, str(site.store.directory))
+    assert broken["error"]["code"] == "storage" and f"/{name}" in broken["error"]["message"]
+    assert broken["machine"] == found["machine"]
+    assert "it cannot be read" in site.run("status")
+
+
+def test_a_storage_that_cannot_be_read_hides_no_other(site: Site) -> None:
+    site.config.write_text(CONFIG.replace("[retention]", '[[storage]]\nname = "tier2"\npath = "loop"\n[retention]'))
+    (site.config.parent / "loop").symlink_to("loop")
+    found, broken = site.json("status")
+    assert (found["point"], broken["directory"]) == (5, str(site.config.parent / "loop"))
+    assert "loop" in site.run("status")

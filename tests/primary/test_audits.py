@@ -19,6 +19,7 @@ from replica.plan import Mode
 from replica.primary import audits
 from replica.primary.record import MachineDirectory, MachineRecord
 from replica.primary.status import machine_status
+from replica.store import read_files
 
 G, W = 4096, 4 << 20
 
@@ -31,10 +32,10 @@ class Rct:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.marks = lab, dict[DeltaId, dict[str, np.ndarray]]()
         self.blind: set[tuple[str, int]] = set()
-        self.asked = 0
+        self.asked = list[DeltaId]()
 
     def dirty(self, since: DeltaId, mark: DeltaId, disks: Sequence[Disk]) -> Mapping[str, DirtyBitmap | None]:
-        self.asked += 1
+        self.asked.append(since)
         before, now = self.marks.get(since), self.lab.copy()
         self.marks[mark] = now
         if before is None:
@@ -163,6 +164,18 @@ def test_read_point_moves_on_when_the_pass_has_gone_round(lab: Lab, rct: Rct, mo
         assert (state(lab).read_point, state(lab).trusted) == (expected, () if point == 1 else ("rct",))
 
 
+def test_a_round_begun_by_a_clock_that_was_ahead_goes_on(lab: Lab, rct: Rct, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [2 * 10**18]
+    monkeypatch.setattr(audits, "time", SimpleNamespace(time_ns=lambda: now[0]))
+    lab.machine = replace(lab.machine, audit_period_seconds=7 * 300.0)
+    lab.sync()
+    now[0] = 10**18
+    for _ in range(12):
+        lab.sync()
+        now[0] += 300 * 10**9
+    assert state(lab).read_point > 1, "two rounds ended"
+
+
 def test_a_miss_is_remembered_if_the_cycle_dies(lab: Lab, rct: Rct) -> None:
     lab.sync()
     rct.blind = {("os", 9)}
@@ -220,6 +233,91 @@ def test_a_resized_disk_with_a_tracker(lab: Lab, rct: Rct) -> None:
     assert (state(lab).trusted, lab.head.notes) == (("rct",), ())
 
 
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+def test_a_replaced_disk_is_read_whole(lab: Lab, rct: Rct, freezing: bool, cut: bool) -> None:
+    """Its name is that of the disk before, of which the tracker knows what was written."""
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.sync()
+    lab.sync()
+    other = lab.images["os"] = lab.root / "other.raw"
+    lab.data["os"] = lab.rng.integers(1, 256, 6 * W, np.uint8)
+    other.write_bytes(lab.data["os"].tobytes())
+    rct.blind = {("os", grain) for grain in range(6 * W // G)}
+    disks = tuple(replace(disk, image=lab.images[disk.name]) for disk in lab.machine.disks)
+    lab.machine = replace(lab.machine, disks=disks)
+    if cut:
+        link = lab.link()
+
+        def before(name: str, _arguments: object) -> None:
+            if name == "commit":
+                raise TransportError("cut")
+
+        link.before = before
+        with pytest.raises(TransportError):
+            lab.sync(link, retry_seconds=0)
+    lab.sync()
+    lab.assert_equal()
+    assert (state(lab).trusted, state(lab, "data").trusted) == ((), ("rct",))
+    assert record(lab).alerts == (), "it missed nothing: it was not asked"
+    rct.blind = set()
+    lab.scribble("os", 9 * G, 1)
+    assert lab.sync().bytes_changed == G
+    assert state(lab).trusted == ("rct",)
+    lab.assert_equal()
+
+
+def test_disks_that_swap_their_names_are_read_whole(lab: Lab, rct: Rct) -> None:
+    lab.sync()
+    lab.sync()
+    names = {"os": "data", "data": "os"}
+    disks = tuple(replace(disk, name=names[disk.name]) for disk in lab.machine.disks)
+    lab.machine = replace(lab.machine, disks=disks)
+    lab.images = {names[name]: path for name, path in lab.images.items()}
+    lab.data = {names[name]: array for name, array in lab.data.items()}
+    rct.marks = {m: {names[name]: array for name, array in held.items()} for m, held in rct.marks.items()}
+    rct.blind = {(name, grain) for name in names for grain in range(6 * W // G)}
+    for name in names:
+        lab.scribble(name, W + 100, 10)
+    lab.sync()
+    lab.assert_equal()
+    assert {s.trusted for s in lab.head.disks} == {()} and record(lab).alerts == ()
+
+
+def test_a_tracker_knows_nothing_of_the_machines_files(lab: Lab, rct: Rct, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lab.root / "web-1.xml"
+    file.write_bytes(b"<domain/>")
+    lab.machine = replace(lab.machine, files=(file,))
+    clean = lambda _since, _mark, disks: {disk.name: DirtyBitmap(disk.count_grains) for disk in disks}  # noqa: E731
+    monkeypatch.setattr(rct, "dirty", clean)
+    lab.sync()
+    file.write_bytes(b"<another/>")
+    lab.sync()
+    with lab.reader().open_point(2) as opened:
+        assert list(read_files(opened).values()) == [b"<another/>"]
+    assert record(lab).alerts == ()
+
+
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+def test_a_lost_state_directory_believes_no_tracker_until_all_was_read(lab: Lab, rct: Rct, freezing: bool) -> None:
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.sync()
+    shutil.rmtree(lab.spec.state)
+    rct.blind = {("os", 9)}
+    link = lab.link()
+
+    def after(name: str, _arguments: object) -> None:
+        if name == "adopt":
+            lab.scribble("os", 9 * G, G)
+
+    link.after = after
+    assert lab.sync(link).mode is Mode.RESYNC
+    lab.assert_equal()
+    assert {s.trusted for s in lab.head.disks} == {()} and record(lab).alerts == ()
+
+
 def test_a_lost_state_directory_asks_no_tracker(lab: Lab, rct: Rct) -> None:
     lab.sync()
     shutil.rmtree(lab.spec.state)
@@ -227,3 +325,41 @@ def test_a_lost_state_directory_asks_no_tracker(lab: Lab, rct: Rct) -> None:
     assert lab.sync().mode is Mode.RESYNC
     assert state(lab).trusted == ()
     lab.assert_equal()
+
+
+@pytest.mark.parametrize("freezing", [False, True], ids=["still", "freezing"])
+@pytest.mark.parametrize(
+    ("when", "name", "time"), [("before", "begin", 2), ("after", "commit", 1), ("after", "commit", 2)]
+)
+def test_a_tracker_is_not_asked_what_changed_since_a_part(
+    lab: Lab, rct: Rct, freezing: bool, when: str, name: str, time: int
+) -> None:
+    """A delta that was to be the point is cut into a part after the tracker gave the instant its id."""
+    lab.sync()
+    if freezing:
+        lab.machine = replace(lab.machine, freeze="true", thaw="true")
+    lab.spec = replace(lab.spec, part_bytes=W)
+    lab.scribble("os", 0, 2 * W)
+    for window in range(2, 6):
+        lab.scribble("os", window * W + 100, 5000)
+    lab.scribble("data", 100, 5000)
+    link = lab.link()
+
+    def cut(called: str, _arguments: object) -> None:
+        if called == name and link.calls.count(name) == time:
+            raise TransportError("cut")
+
+    setattr(link, when, cut)
+    with pytest.raises(TransportError):
+        lab.sync(link, retry_seconds=0)
+    assert lab.head.partial
+    parts = {lab.head.delta_id}
+    lab.spec = replace(lab.spec, part_bytes=1 << 30)
+    assert lab.sync().point == 2
+    lab.assert_equal()
+    assert not parts & set(rct.asked), "the mark is of an instant that the part does not hold"
+    assert {(s.read_point, s.trusted) for s in lab.head.disks} == {(2, ())}
+    lab.scribble("os", 3 * W, 10)
+    assert lab.sync().bytes_changed == G
+    lab.assert_equal()
+    assert state(lab).trusted == ("rct",), "believed again since a point"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from primary_lab import KiB, Lab, MiB
 
 from replica.errors import DamageError, ImageError, LostError, SourceBusyError, TargetExistsError, UnknownMachineError
 from replica.plan import Mode
+from replica.primary import cycle
 from replica.receiver.session import find_disk
 from replica.store import damage, machine_files, read_files, restore_point
+from replica.tracking import still
 
 
 @pytest.fixture
@@ -98,6 +101,75 @@ def test_a_file_that_changes_while_the_disks_are_read_makes_no_point(lab: Lab) -
     lab.images["os"].write_bytes(lab.data["os"].tobytes())
     with pytest.raises(SourceBusyError, match="web-1.xml was written"):
         lab.sync(link)
+
+
+def test_files_that_change_between_a_comparison_and_its_point_are_of_one_instant(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window is what the point's own reading found, also those where the comparison saw no difference."""
+    files = [lab.root / f"file-{number}" for number in range(6)]
+    for file in files:
+        file.write_bytes(os.urandom(MiB))
+    lab.machine = replace(lab.machine, files=tuple(files))
+    lab.sync()
+    files[0].write_bytes(os.urandom(MiB))  # in the first window of 4 MiB; the last file is in the second one
+
+    def resync(*arguments: Any) -> Any:
+        found = original(*arguments)
+        files[5].write_bytes(os.urandom(MiB))
+        return found
+
+    original = cycle.resync
+    monkeypatch.setattr(cycle, "resync", resync)
+    assert lab.sync(rebuild=True).point == 2
+    assert restored(lab, 2, lab.root / "out") == {inside(lab, file.name): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def guest(lab: Lab) -> Iterator[Path]:
+    """A guest that goes on writing one of its files, and is stopped by `freeze`: the file that says so."""
+    frozen, ended = lab.root / "now-frozen", threading.Event()
+
+    def write() -> None:
+        while not ended.wait(0.002):
+            if not frozen.exists():
+                (lab.root / "nvram").write_bytes(os.urandom(MiB // 8))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    lab.machine = lab.freezing(["touch", str(frozen)], ["rm", "-f", str(frozen)])
+    yield frozen
+    ended.set()
+    thread.join()
+
+
+def test_files_that_only_freeze_stops_are_no_hindrance(lab: Lab, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "WAIT_SECONDS", 1.0)
+    kept = lab.root / "kept"
+    lab.machine = replace(lab.machine, thaw=f"cp {lab.root}/nvram {kept}; rm -f {guest}")
+    lab.spec = replace(lab.spec, part_bytes=64 * KiB)
+    first = lab.sync()  # a first copy in parts, read while the guest goes on
+    assert (first.mode, first.parts > 0) == (Mode.INITIAL, True)
+    assert restored(lab, 1, lab.root / "out1")[inside(lab, "nvram")] == kept.read_bytes()
+    for point, options in ((2, {}), (3, {"rebuild": True})):
+        assert lab.sync(**options).point == point
+        assert restored(lab, point, lab.root / f"out{point}")[inside(lab, "nvram")] == kept.read_bytes()
+
+
+def test_files_that_freeze_does_not_stop_make_no_point(lab: Lab, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "WAIT_SECONDS", 0.2)
+    with pytest.raises(SourceBusyError, match="nvram"):
+        lab.sync(machine=replace(lab.machine, freeze="true", thaw="true"))
+    assert lab.reader().points() == [] and not guest.exists()
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_named_pipe_is_no_file(lab: Lab, freezing: bool) -> None:
+    (lab.root / "nvram").unlink()
+    os.mkfifo(lab.root / "nvram")
+    machine = lab.freezing("true", "true") if freezing else lab.machine
+    with pytest.raises(ImageError, match="nvram"):
+        lab.sync(machine=machine)
 
 
 def test_restoring_writes_nothing_over_what_is_there(lab: Lab) -> None:

@@ -8,15 +8,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from primary_lab import KiB, Lab, Link
 
+from replica import documents
 from replica.errors import ImageError, TransportError
+from replica.primary import thawing
 from replica.primary.runner import run, sync_machines
 from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.primary.status import Word, machine_status
+from replica.tracking.instant import FrozenMark
 
 
 @pytest.fixture
@@ -146,8 +150,7 @@ def test_no_more_at_once_than_allowed(lab: Lab, many: SenderSpec) -> None:
     assert most[0] == 2
 
 
-def test_marked_machines_are_thawed_before_any_cycle(lab: Lab, many: SenderSpec) -> None:
-    """Also the one whose turn comes late."""
+def test_marked_machines_are_thawed_before_their_turn_comes(lab: Lab, many: SenderSpec) -> None:
     log = lab.root / "log"
     frozen = replace(many.machines[3], freeze="true", thaw=f"echo thaw >> {log}; test -e {lab.root}/fixed")
     spec = replace(many, parallel=1, machines=(*many.machines[:2], frozen))
@@ -156,11 +159,90 @@ def test_marked_machines_are_thawed_before_any_cycle(lab: Lab, many: SenderSpec)
     (lab.root / "fixed").touch()
 
     def connect(machine: MachineSpec) -> Link:
-        assert log.read_text().count("thaw") >= 2, f"{machine.name} begins while 'c' may be frozen"
+        if machine.name == "a":
+            wait_until(lambda: log.read_text().count("thaw") >= 2)
         return lab.link()
 
     outcomes = sync_machines(lab.fs, spec, connect=connect)
     assert all(outcome.result for outcome in outcomes)
+    assert log.read_text().count("thaw") == 3, "once before, once at the start, and once for its own cycle"
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_damaged_mark_is_thawed_as_configured(lab: Lab, many: SenderSpec, chosen: bool) -> None:
+    log = lab.root / "log"
+    thaw = f"echo $REPLICA_MACHINE $REPLICA_DISK_0_NAME >> {log}"
+    spec = replace(many, machines=(replace(many.machines[0], freeze="true", thaw=thaw),))
+    path = spec.machine_directory("a")
+    path.mkdir(parents=True)
+    (path / "frozen").write_bytes(b"rot")
+    sync_machines(lab.fs, spec, spec.machines if chosen else (), connect=connecting(lab, []))
+    assert log.read_text().split()[:2] == ["a", "os"] and not (path / "frozen").exists()
+
+
+def hanging(lab: Lab, many: SenderSpec) -> tuple[SenderSpec, Path]:
+    """`c` and `d` are marked; what thaws them hangs until that file is there, and says that it has begun."""
+    free = lab.root / "free"
+    machines = []
+    for name in ("c", "d"):
+        thaw = f"touch {lab.root}/begun-{name}; while ! test -e {free}; do sleep 0.01; done"
+        machine = replace(many.machines[3], name=name, freeze="true", thaw=thaw)
+        path = many.machine_directory(name)
+        path.mkdir(parents=True)
+        documents.save(lab.fs, path / "frozen", FrozenMark(name, 1, ["sh", "-c", thaw], {}))
+        machines.append(machine)
+    return replace(many, parallel=1, machines=(*machines, *many.machines[:2])), free
+
+
+def test_a_thaw_that_hangs_holds_up_its_own_machine_alone(lab: Lab, many: SenderSpec) -> None:
+    spec, free = hanging(lab, many)
+    done = []
+
+    def connect(machine: MachineSpec) -> Link:
+        done.append(machine.name)
+        if machine.name == "b":
+            wait_until(lambda: all((lab.root / f"begun-{name}").exists() for name in "cd"))
+            free.touch()
+        return lab.link()
+
+    outcomes = sync_machines(lab.fs, spec, connect=connect)
+    assert [o.machine for o in outcomes] == ["c", "d", "a", "b"] and all(o.result for o in outcomes)
+    assert done[:2] == ["a", "b"]
+
+
+def test_run_goes_on_with_others_while_a_thaw_hangs_and_is_stopped(lab: Lab, many: SenderSpec) -> None:
+    spec, free = hanging(lab, many)
+    thread, stop = running(spec, lab, connecting(lab, []))
+    wait_until(lambda: machine_status(lab.fs, spec, spec.machines[3]).point >= 2)
+    assert machine_status(lab.fs, spec, spec.machines[0]).point == 0
+    stop.set()
+    free.touch()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not (spec.machine_directory("c") / "frozen").exists(), "a thaw that has begun is waited for"
+
+
+def test_a_stop_begins_no_thaw(lab: Lab, many: SenderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thawing, "AT_ONCE", 1)
+    spec, free = hanging(lab, many)
+    thread, stop = running(spec, lab, connecting(lab, []))
+    wait_until(lambda: (lab.root / "begun-c").exists())
+    stop.set()
+    free.touch()
+    thread.join(30)
+    assert not (lab.root / "begun-d").exists() and (spec.machine_directory("d") / "frozen").exists()
+
+
+def test_what_cannot_be_read_in_the_state_directory_stops_nobody_else(lab: Lab, many: SenderSpec) -> None:
+    many.state.mkdir()
+    (many.state / "loop").symlink_to("loop")
+    outcomes = {o.machine: o for o in sync_machines(lab.fs, many, connect=connecting(lab, []))}
+    assert outcomes["a"].result and outcomes["c"].result
+    mark = many.machine_directory("b") / "frozen"
+    mark.symlink_to("frozen")
+    outcomes = {o.machine: o for o in sync_machines(lab.fs, many, connect=connecting(lab, []))}
+    assert outcomes["a"].result and outcomes["c"].result
+    assert outcomes["b"].error is not None and outcomes["b"].error.code == "storage"
 
 
 @pytest.mark.parametrize("left", ["removed", "wrong", "not chosen"])

@@ -96,3 +96,30 @@ def test_a_reused_pid_is_no_cycle_and_an_error_stays_until_the_next_one_ended(la
         error = machine_status(lab.fs, lab.spec, lab.machine).last_error
         assert error is not None and error.message == "broken"
     assert machine_status(lab.fs, lab.spec, lab.machine).last_error is None
+
+
+@pytest.mark.parametrize("name", ["machine.json", "lock", "frozen"])
+def test_what_cannot_be_read_is_shown_and_not_raised(lab: Lab, name: str) -> None:
+    lab.sync()
+    path = lab.spec.machine_directory("web-1") / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(name)  # a loop: no call on it succeeds, whoever calls
+    status = machine_status(lab.fs, lab.spec, lab.machine)
+    assert status.state is Word.DAMAGED
+    assert status.last_error is not None and status.last_error.code == "storage" and name in status.last_error.message
+
+
+@pytest.mark.parametrize("kind", ["directory", "loop"])
+def test_a_status_that_cannot_be_read_hinders_nothing(lab: Lab, kind: str) -> None:
+    """Not even where the point was committed already."""
+    path = lab.spec.machine_directory("web-1") / "status.json"
+    lab.sync()
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name)
+    lab.scribble("os", 0, MiB)
+    assert lab.sync().point == 2
+    note_due(lab.fs, path.parent, 77)
+    assert machine_status(lab.fs, lab.spec, lab.machine).state is Word.OK

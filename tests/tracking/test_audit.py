@@ -23,6 +23,7 @@ from replica.tracking.audit import (
     DiskAudit,
     advanced,
     odds,
+    on_clock,
     plan_windows,
     read_state,
     sample_clean,
@@ -70,6 +71,23 @@ def test_a_round_takes_the_period_and_no_longer() -> None:
         audit = advanced(audit, disk, windows, len(sizes), now, full=False)
         now += 300 * SECOND
     assert len(sizes) == 2015 and set(sizes) <= {3, 4, 5}, "every cycle reads as much, but for rounding"
+
+
+@pytest.mark.parametrize("back", [1, 3600, 10 * 366 * 86400])
+@pytest.mark.parametrize("cursor", [0, 700, 2000])
+def test_a_clock_that_was_set_back_stops_no_round(back: int, cursor: int) -> None:
+    disk, period, every = Disk(ID, "os", 2015 * W), 7 * 86400.0, 300
+    now = 10**18
+    audit = DiskAudit(ID, cursor, now + back * SECOND, 1)
+    read = []
+    for cycle in range(2016):
+        audit = on_clock(audit, disk, now, every, period)
+        windows = plan_windows(audit, disk, now, every, period)
+        read += list(windows)
+        assert len(windows) <= 2
+        audit = advanced(audit, disk, windows, cycle + 2, now, full=False)
+        now += every * SECOND
+    assert set(read) == set(range(2015))
 
 
 def test_read_point_follows_the_round() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,14 +10,16 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from replica.durable import FileSystem
 from replica.errors import ConfigError, FreezeError, SourceBusyError, StorageError
 from replica.model import Consistency
-from replica.tracking import guard, instant
+from replica.tracking import guard, instant, watchdog
 from replica.tracking.instant import FreezeSpec, environment_of, freeze, snapshot_paths, thaw_marked
 
 FS = FileSystem()
@@ -168,6 +171,17 @@ def test_the_mark_remembers_how_to_thaw(image: Path, state: Path, commands: Comm
     assert commands.said == ["thawed"]
 
 
+def test_a_damaged_mark_is_thawed_with_the_configured_environment(image: Path, state: Path, commands: Commands) -> None:
+    """A thaw command that finds its guest there would else thaw nothing, or another one."""
+    spec = FreezeSpec("true", f"echo $REPLICA_MACHINE $REPLICA_DISK_0_IMAGE >> {commands.log}")
+    for asked in (thaw_marked, lambda *a: freeze(a[0], a[1], "state", a[3], a[2]).__exit__()):
+        (state / "frozen").write_bytes(b"rot" if asked is thaw_marked else bytes(1 << 26))  # more than is ever read
+        asked(FS, state, spec, {"os": image})
+        assert commands.said[:2] == ["state", str(image)]
+        assert not (state / "frozen").exists()
+        commands.log.write_text("")
+
+
 def test_a_damaged_mark_without_a_command_asks_for_hands(state: Path, commands: Commands) -> None:
     (state / "frozen").write_bytes(b"rot")
     with pytest.raises(FreezeError, match="by hand"):
@@ -266,6 +280,138 @@ def test_a_killed_watchdog_ends_the_reading_at_once(image: Path, state: Path, co
             snapshot.check()
         snapshot.finish()
     assert commands.said == ["freeze", "thaw"]
+
+
+def watchdog_of(pid: int) -> int:
+    """The watchdog that this process started."""
+    (found,) = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+        and watchdog._stat(int(entry.name))[1:2] == [str(pid)]
+        and b"watchdog.py" in (entry / "cmdline").read_bytes()
+    ]
+    return found
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["late", "hangs"])
+def test_a_freeze_whose_watchdog_was_killed_is_ended_before_the_thaw(
+    image: Path, state: Path, commands: Commands, hangs: bool
+) -> None:
+    """A late freeze after the thaw would hold for ever: nobody would know of it."""
+    late = f"(sleep 0.5; {'sleep 60;' if hangs else ''} echo late >> {commands.log})"
+    spec = FreezeSpec(commands.say("begin", then=late), commands.say("thaw"))
+
+    def kill_it() -> None:
+        commands.wait_for("begin")
+        os.kill(watchdog_of(os.getpid()), signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_it)
+        with pytest.raises(FreezeError, match="was killed: the machine was thawed by a second one"):
+            freeze(FS, state, "web-1", {"os": image}, spec)
+        killed.result()
+    assert commands.said == ["begin", "thaw"]
+    time.sleep(0.7)
+    assert commands.said == ["begin", "thaw"], "nothing of the freeze goes on"
+    assert not (state / "frozen").exists()
+
+
+def test_sender_and_watchdog_killed_while_freeze_runs(
+    sender: Callable[..., subprocess.Popen[bytes]], state: Path, commands: Commands
+) -> None:
+    process = sender(commands.say("begin", then=f"sleep 0.7; echo late >> {commands.log}"), commands.say("thaw"))
+    commands.wait_for("begin")
+    os.kill(watchdog_of(process.pid), signal.SIGKILL)
+    kill(process)
+    assert thaw_marked(FS, state, FreezeSpec())
+    time.sleep(0.8)
+    assert commands.said == ["begin", "thaw"]
+
+
+def test_a_thaw_whose_watchdog_was_killed_does_not_reach_into_the_next_freeze(
+    sender: Callable[..., subprocess.Popen[bytes]], image: Path, state: Path, commands: Commands
+) -> None:
+    slow = f"echo thaw >> {commands.log}; sleep 0.7; echo late >> {commands.log}"
+    process = sender(commands.say("freeze"), slow)
+    assert process.stdout is not None and process.stdout.readline() == b"frozen\n"
+    guarding = watchdog_of(process.pid)
+    kill(process)
+    commands.wait_for("freeze", "thaw")
+    os.kill(guarding, signal.SIGKILL)
+    with freeze(FS, state, "web-1", {"os": image}, FreezeSpec(commands.say("again"), commands.say("end"))) as snapshot:
+        time.sleep(0.8)
+        assert commands.said == ["freeze", "thaw", "end", "again"]
+        snapshot.finish()
+
+
+def test_only_the_session_that_was_noted_is_ended(tmp_path: Path) -> None:
+    """A number that is another process's by now, or is of another host or start, is nobody to kill."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        started = watchdog._stat(process.pid)[watchdog._STARTED]
+        path = tmp_path / "frozen.lock"
+        for noted in (
+            {"session": process.pid, "started": "1", "where": watchdog._where()},
+            {"session": process.pid, "started": started, "where": "elsewhere"},
+            {"session": process.pid, "started": started},
+            [],
+        ):
+            path.write_text(json.dumps(noted))
+            lock = watchdog._Lock.take(str(path), 0)
+            assert lock is not None and lock.end_other() and process.poll() is None
+            assert path.read_bytes() == b""
+            os.close(lock._fd)
+        path.write_text(json.dumps({"session": process.pid, "started": started, "where": watchdog._where()}))
+        lock = watchdog._Lock.take(str(path), 0)
+        assert lock is not None and lock.end_other()
+        assert process.wait(5) == -signal.SIGKILL
+        os.close(lock._fd)
+
+
+def test_without_proc_nothing_is_frozen_and_thaw_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_stat", lambda _pid: [])
+    monkeypatch.setattr(watchdog, "_where", lambda: "")
+    path = tmp_path / "frozen.lock"
+    path.write_text(json.dumps({"session": 1, "started": "1", "where": ""}))
+    lock = watchdog._Lock.take(str(path), 0)
+    assert lock is not None and lock.end_other()
+    order = {"lock": str(path), "freeze": ["touch", str(tmp_path / "frozen")], "environment": {}, "limit": 1}
+    assert "/proc cannot be read" in watchdog._freeze(order, lock)[1] and not (tmp_path / "frozen").exists()
+    order |= {
+        "thaw": ["touch", str(tmp_path / "thawed")],
+        "thaw_limit": 9,
+        "thaw_again": (),
+        "mark": str(tmp_path / "m"),
+    }
+    watchdog._thaw(order, "request", SimpleNamespace(tell=lambda *_a, **_k: None), lock)  # type: ignore[arg-type]
+    assert (tmp_path / "thawed").exists()
+    os.close(lock._fd)
+
+
+def test_what_cannot_be_ended_keeps_the_mark_and_freezes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog._Lock, "end_other", lambda _self: False)
+    told: list[tuple[str, bool]] = []
+    output = SimpleNamespace(
+        tell=lambda about, **answer: told.append((about, answer.get("frozen", False) or answer.get("thawed", False)))
+    )
+    lines = SimpleNamespace(line=lambda _limit: b"now thaw")
+    mark = tmp_path / "frozen"
+    mark.touch()
+    order = {
+        "lock": str(tmp_path / "frozen.lock"),
+        "lock_wait": 0,
+        "mark": str(mark),
+        "freeze": [],
+        "thaw": ["touch", str(tmp_path / "thawed")],
+        "thaw_limit": 10,
+        "thaw_again": (),
+        "environment": {},
+        "limit": 10,
+    }
+    watchdog._obey(order, lines, output)  # type: ignore[arg-type]
+    assert told == [("thawed", False)] and (tmp_path / "thawed").exists() and mark.exists()
 
 
 def test_a_second_guard_that_cannot_thaw_leaves_the_mark(image: Path, state: Path, commands: Commands) -> None:

@@ -7,13 +7,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
 from replica.errors import ConfigError, ForbiddenError, ProtocolError, ReplicaError, TransportError
 from replica.model import DeltaId, ReplicaId, random_id
-from replica.transport import wire
+from replica.transport import connection, wire
 from replica.transport.client import HttpReceiver
 from replica.transport.tls import server_context
 from tests.receiver.loopback import Pki
@@ -160,6 +160,64 @@ def test_silence_ends_at_the_time_limit(pki: Pki) -> None:
         with pytest.raises(TransportError, match="did not answer for"):
             HttpReceiver(url, pki.files("hv-1"), answer_seconds=0.3).replicas()
         release.set()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("at_once", "then"),
+    [
+        (b"HTTP/1.1 200", b" "),
+        (HEAD, b"X: y\r\n"),
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b"["),
+        (HEAD + b"Content-Length: 1000\r\nConnection: close\r\n\r\n", b"["),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n[\r\n"),
+    ],
+    ids=["status", "head", "body", "last", "chunked"],
+)
+def test_an_answer_that_trickles_ends_at_a_time_limit(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch, at_once: bytes, then: bytes
+) -> None:
+    """Each piece comes in good time, so that there is never a silence."""
+    monkeypatch.setattr(connection, "MIN_RATE", 1 << 30, raising=False)
+    gone = threading.Event()
+
+    def trickle(peer: ssl.SSLSocket) -> None:
+        request_of(peer)
+        peer.sendall(at_once)
+        with suppress(OSError):
+            for _ in range(100):
+                if gone.wait(0.05):
+                    break
+                peer.sendall(then)
+
+    with playing(pki, trickle) as url:
+        started = time.monotonic()
+        try:
+            with pytest.raises(TransportError, match="so slowly that its answer was given up"):
+                HttpReceiver(url, pki.files("hv-1"), answer_seconds=0.6).replicas()
+        finally:
+            gone.set()
+    assert time.monotonic() - started < 4
+
+
+def test_a_body_that_is_slow_but_goes_on_has_its_time(pki: Pki) -> None:
+    """At 16 KiB/s: also where the head says that the connection ends with it."""
+    size = 40 << 10
+    more = ["Connection: close"]
+
+    def slow(peer: ssl.SSLSocket) -> None:
+        request_of(peer)
+        reply = answer("200 OK", b"[" + b" " * (size - 2) + b"]", "application/json", *more)
+        for start in range(0, len(reply), size // 8):
+            peer.sendall(reply[start : start + size // 8])
+            time.sleep(0.15)
+
+    with playing(pki, slow, slow) as url, closing(HttpReceiver(url, pki.files("hv-1"), answer_seconds=0.4)) as receiver:
+        assert receiver.replicas() == []
+        more.clear()
+        assert receiver.replicas() == []
 
 
 def test_an_answer_without_end_is_refused(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
