@@ -166,31 +166,51 @@ class Slot:
     def info(self, *, receipt: bool = False) -> ReplicaInfo:
         """What is so now, with the head's receipt or without.
 
-        A replica that another process has locked is shown as it lies there, as stopped.
+        A replica that is being opened, or that another process has locked, is shown as it lies there, as stopped.
+
+        A sender takes a delta that is neither arriving, nor being committed, nor the head for one that will never be
+        committed. A delta is one of them after the other, so they are looked at in that order: none is missed.
         """
         try:
             store = self.store()
         except BusyError as error:
             if self._closed:
                 raise
-            reader = self._stores.reader(self.directory)
-            who = reader.identity
-            return ReplicaInfo(
-                self.replica_id, who.machine, who.owner, reader.epoch, reader.head, stopped=to_problem(error)
-            )
+            return self._info_beside(error)
         who, stopped = store.identity, store.stopped
         signed = store.receipt if receipt else None
+        receiving = store.receiving
+        applying = self._working_on() or store.applying
         return ReplicaInfo(
             replica_id=self.replica_id,
             machine=who.machine,
             owner=who.owner,
             epoch=store.epoch,
             head=store.head,
-            applying=self._working_on() or store.applying,
-            receiving=store.receiving,
+            applying=applying,
+            receiving=receiving,
             stopped=to_problem(stopped) if stopped else None,
             damaged=store.damaged,
             receipt=signed.data if signed else None,
+        )
+
+    def _info_beside(self, error: BusyError) -> ReplicaInfo:
+        """What is so of a replica whose store is somebody else's just now.
+
+        Whoever has it finishes a commit that was cut, and one of a delta that had arrived whole: that is being applied.
+        """
+        reader = self._stores.reader(self.directory)
+        who, receiving, received = reader.identity, reader.receiving, reader.received
+        state = reader.state
+        return ReplicaInfo(
+            self.replica_id,
+            who.machine,
+            who.owner,
+            state.epoch,
+            state.head,
+            applying=state.applying or received,
+            receiving=receiving,
+            stopped=to_problem(error),
         )
 
     def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
