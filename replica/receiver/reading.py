@@ -47,7 +47,7 @@ class DiskReading:
         if self._readers.locked():
             raise BusyError(f"{MAX_READERS} points are being read at the moment", hint="try again later")
         async with self._readers:
-            opened = await self._workers.on(replica_id, session.open_point, replica_id, point)
+            opened = await self._workers.on(session.identity, replica_id, session.open_point, replica_id, point)
             try:
                 disk = find_disk(opened.state, request.match_info["disk"])
                 start, stop, partial = parse_range(request.headers.get("Range"), disk.size_bytes)
@@ -58,7 +58,7 @@ class DiskReading:
                 if partial:
                     response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{disk.size_bytes}"
                 await response.prepare(request)
-                await self._send(request, response, replica_id, opened, disk, start, stop)
+                await self._send(request, response, session.identity, replica_id, opened, disk, start, stop)
                 return response
             finally:
                 await self._workers(opened.__exit__, None, None, None)
@@ -67,6 +67,7 @@ class DiskReading:
         self,
         request: web.Request,
         response: web.StreamResponse,
+        identity: str,
         replica_id: ReplicaId,
         point: OpenPoint,
         disk: Disk,
@@ -75,7 +76,7 @@ class DiskReading:
     ) -> None:
         pieces = read_pieces(point, disk, start, stop)
         try:
-            while (piece := await self._workers.on(replica_id, next, pieces, b"")) != b"":
+            while (piece := await self._workers.on(identity, replica_id, next, pieces, b"")) != b"":
                 async with asyncio.timeout(STALL_SECONDS):
                     await response.write(piece)
         except (ReplicaError, TimeoutError) as error:

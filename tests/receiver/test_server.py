@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -455,6 +455,93 @@ def test_a_reader_that_goes_away_lets_its_pin_go(receiver: Receiver) -> None:
         next(pieces)
         pieces.close()  # type: ignore[attr-defined]
     assert receiver.lets_go()
+
+
+# --- who does not read ---
+
+
+def ask_and_not_read(receiver: Receiver, count: int, times: int = 1) -> list[ssl.SSLSocket]:
+    """Connections that each asked for the largest answer, `times` times, and read nothing. The kernel buffers one."""
+    path = f"/v1/replicas/{receiver.id}/disks/{DISK.id}/tree?level=0&first=0&count=65536"
+    made = []
+    for _ in range(count):
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(20)
+        plain.connect(("localhost", receiver.loopback.port))
+        tls = client_context(receiver.pki.files("hv-1")).wrap_socket(plain, server_hostname="localhost")
+        tls.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
+        made.append(tls)
+    return made
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[bodies.AnswerBudget]:
+    """The budgets of the receivers that are started from here on."""
+    made: list[bodies.AnswerBudget] = []
+
+    class Seen(bodies.AnswerBudget):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(http_api, "AnswerBudget", Seen)
+    return made
+
+
+def test_a_client_that_does_not_read_is_cut_off(
+    answers: list[bodies.AnswerBudget], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.cycle()
+    monkeypatch.setattr(bodies, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "MIN_RATE", 1 << 30)
+    (lazy,) = ask_and_not_read(receiver, 1, times=3)
+    (budget,) = answers
+    wait_for(lambda: budget.free_bytes < budget.total_bytes)
+    wait_for(lambda: budget.free_bytes == budget.total_bytes)
+    with lazy, suppress(ConnectionError, ssl.SSLError):
+        while lazy.recv(1 << 16):
+            pass
+
+
+def test_answers_nobody_reads_are_counted_as_their_identity_s(
+    answers: list[bodies.AnswerBudget], receiver: Receiver
+) -> None:
+    receiver.cycle()
+    lazy = ask_and_not_read(receiver, 24, times=4)
+    (budget,) = answers
+    wait_for(lambda: budget.free_bytes == budget.total_bytes // 2)
+    with closing(receiver.loopback.client(receiver.pki.files("hv-2"))) as other:
+        assert other.replicas() == []
+    assert receiver.client.replica(receiver.id).head.point == 1
+    assert budget.free_bytes == budget.total_bytes // 2
+    for tls in lazy:
+        tls.close()
+    wait_for(lambda: budget.free_bytes == budget.total_bytes)
+
+
+def test_the_end_does_not_wait_for_who_does_not_read(pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "END_SECONDS", 0.5)
+    monkeypatch.setattr(server, "LEAST_SECONDS", 0.2)
+    made = Receiver(pki, tmp_path)
+    made.start()
+    made.cycle()
+    lazy = ask_and_not_read(made, 8, times=3)
+    time.sleep(0.3)
+    started = time.monotonic()
+    made.loopback.stop()
+    assert time.monotonic() - started < 5
+    assert made.store.closed
+    for tls in lazy:
+        tls.close()
+    made.client.close()
 
 
 # --- the end ---
