@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError, StorageFullError
@@ -78,6 +77,8 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
+        self._identity_job: Future[None] | None = None
+        self._identity_late = False
         self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self))
         self._pace = Pace(float(spec.max_points_per_hour), clock())
         self._opening = threading.Lock()
@@ -156,12 +157,39 @@ class Slot:
             raise BusyError(f"replica {self.replica_id} is being recovered", hint="try again when that is done")
         return job.result()
 
-    def identity(self) -> Identity | None:
-        """Who the replica is, also while its store cannot be opened; None if even that is unreadable."""
-        if self._identity is None:
-            with suppress(ReplicaError):
-                self._identity = self._stores.reader(self.directory).identity
+    def identity(self, patience_seconds: float | None = None) -> Identity | None:
+        """Who the replica is, also while its store cannot be opened; None if even that is unreadable.
+
+        Storage that hangs under it is as unreadable. It is waited for so long (`PATIENCE_SECONDS`), and once only.
+        """
+        job = self.look_for_identity()
+        if job is not None and not self._identity_late:
+            wait([job], timeout=PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+            self._identity_late = not job.done()
         return self._identity
+
+    def look_for_identity(self) -> Future[None] | None:
+        """Have the identity read behind, unless it is known (None)."""
+        with self._jobs:
+            if self._identity is not None:
+                return None
+            if self._identity_job is None:
+                self._identity_job = Future()
+                arguments = (self._identity_job,)
+                threading.Thread(target=self._read_identity, args=arguments, name="identity", daemon=True).start()
+            return self._identity_job
+
+    def _read_identity(self, job: Future[None]) -> None:
+        found = None
+        try:
+            found = self._stores.reader(self.directory).identity
+        except ReplicaError:
+            pass
+        finally:
+            with self._jobs:
+                self._identity = self._identity or found
+                self._identity_job, self._identity_late = None, False
+            job.set_result(None)
 
     def info(self, *, receipt: bool = False) -> ReplicaInfo:
         """What is so now, with the head's receipt or without.
