@@ -69,6 +69,7 @@ class AllowTable(msgspec.Struct, frozen=True):
     primary: Text
     storage: Text
     trust_group: Text = "default"
+    max_replicas: Annotated[int, Meta(ge=1, le=100_000)] | None = None
 
 
 Count = Annotated[int, Meta(ge=0, le=100_000)]
@@ -259,7 +260,14 @@ def _read_as(path: Path, kind: Literal["sender", "receiver"]) -> None:
 
 def load_receiver(path: Path) -> SiteSpec:
     """`receiver.toml` as a SiteSpec. Raises ConfigError with file and line."""
-    from replica.receiver.spec import MAX_POINTS_PER_HOUR, AllowSpec, MachineRetention, SiteSpec, StorageSpec
+    from replica.receiver.spec import (
+        MAX_POINTS_PER_HOUR,
+        MAX_REPLICAS,
+        AllowSpec,
+        MachineRetention,
+        SiteSpec,
+        StorageSpec,
+    )
     from replica.store.retention import Policy
 
     _read_as(path, "receiver")
@@ -284,7 +292,7 @@ def load_receiver(path: Path) -> SiteSpec:
         MachineRetention(table.machine, _policy(source, table, retention, ("retention", "machine", number)))
         for number, table in enumerate(file.retention.machine)
     ]
-    allow = [AllowSpec(primary=a.primary, storage=a.storage, trust_group=a.trust_group) for a in file.allow]
+    allow = [AllowSpec(a.primary, a.storage, a.trust_group, a.max_replicas or MAX_REPLICAS) for a in file.allow]
     return SiteSpec(
         listen_host=host,
         listen_port=port,

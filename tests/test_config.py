@@ -240,6 +240,13 @@ def test_retention_and_space(tmp_path: Path) -> None:
     assert spec.limits(tmp_path / "replicas" / "x") == SpaceLimits(Limit(100 << 30), Limit(share=0.025))
 
 
+def test_replicas_per_identity(tmp_path: Path) -> None:
+    assert load_receiver(write(tmp_path, "receiver.toml", RECEIVER)).allow[0].max_replicas == 256
+    text = RECEIVER.replace('storage = "tier1"', 'storage = "tier1"\nmax_replicas = 3')
+    assert load_receiver(write(tmp_path, "receiver.toml", text)).allow[0].max_replicas == 3
+    assert "max_replicas" in str(receiver_error(tmp_path, text.replace("= 3", "= 0")))
+
+
 def test_names_are_unique(tmp_path: Path) -> None:
     machine = SENDER[SENDER.index("[[machine]]") :]
     assert "two of [[machine]] are named 'web-1'" in str(sender_error(tmp_path, SENDER + machine))

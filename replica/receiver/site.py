@@ -275,7 +275,7 @@ class Site:
             if slot is None:
                 self._refuse_while_hanging()
                 known = self._identities()
-                check_new([who for _, who in known if who is not None], identity, enrol.machine)
+                check_new([who for _, who in known if who is not None], identity, enrol.machine, entry.max_replicas)
                 for other_id in (other.replica_id for other, who in known if who is None):
                     log.warning(
                         "machine %s of %s is enrolled as %s; replica %s cannot be read and may be of the same machine",

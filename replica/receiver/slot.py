@@ -334,7 +334,7 @@ class Slot:
         return job
 
     def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
-        arguments = (store, job, tail, tail_offset)
+        arguments = (store, job, [tail], tail_offset)
         threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
 
     def _take_up(self, store: Store) -> None:
@@ -355,13 +355,14 @@ class Slot:
         job.done.result()
         return self.info(receipt=True)
 
-    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
+    def _run(self, store: Store, job: Job, tail: list[bytes], tail_offset: int) -> None:
+        """In the job's thread. Its arguments live as long as that: the tail is let go when it is written."""
         error: BaseException | None = None
         try:
             already = store.head.delta_id == job.delta_id and store.applying is None
             if not already:
-                store.finish(job.delta_id, tail, tail_offset)
-            del tail
+                store.finish(job.delta_id, tail[0], tail_offset)
+            tail.clear()
             with self._turns:
                 state = store.commit(job.delta_id, reserve_bytes=self._upkeep.space().min_bytes)
             if not already:

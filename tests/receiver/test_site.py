@@ -449,3 +449,15 @@ def test_an_enrolment_that_hangs_holds_up_no_other_identity_s(world: World, monk
         go_on.set()
         first.join()
     assert len(world.site) == 2
+
+
+def test_an_identity_enrols_as_many_machines_as_its_entry_says(world: World, primary: Primary) -> None:
+    world.spec = replace(world.spec, allow=[replace(entry, max_replicas=2) for entry in world.spec.allow])
+    world.site.close()
+    world.open()
+    world.primary("hv-1", "web-2").enrol()
+    with pytest.raises(ConflictError, match="has 2 replicas already"):
+        world.primary("hv-1", "web-3").enrol()
+    world.primary("hv-2", "web-1").enrol()
+    primary.session = world.site.session("hv-1")
+    primary.enrol()
