@@ -39,6 +39,8 @@ def lock(machine: str, point: int | None, until: str | None, reason: str, config
 
     if (point is None) != (until is None):
         raise click.UsageError("give both --point and --until, or neither")
+    if not reason.isprintable():
+        raise click.UsageError("--reason holds what cannot be shown; write one line of text")
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     marks = Marks(fs, reader.layout)
