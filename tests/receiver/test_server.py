@@ -148,6 +148,19 @@ def test_a_fault_in_the_engine_tells_nothing_of_its_inside(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_an_enrolment_leaves_room_for_its_epoch_to_grow(receiver: Receiver) -> None:
+    """With the largest there is, adopting would be a fault for ever."""
+    body = wire.encode(Enrol("web-2", new_key().id, bytes(32), wire.Epoch(1 << 62, random_id())))
+    for counter in ((1 << 62) + 1, (1 << 63) - 1):
+        path = f"/v1/replicas/{random_id()}"
+        response = receiver.ask("PUT", path, body.replace(str(1 << 62).encode(), str(counter).encode()))
+        assert problem_of(response).status == 400
+    replica_id = ReplicaId(random_id())
+    assert receiver.ask("PUT", f"/v1/replicas/{replica_id}", body).status == 200
+    expected = receiver.client.replica(replica_id).epoch
+    assert receiver.client.adopt(replica_id, wire.Adopt(expected, random_id())).epoch.counter == (1 << 62) + 1
+
+
 def test_what_is_no_http_is_answered_with_400(receiver: Receiver) -> None:
     with receiver.raw() as raw:
         raw.sendall(b"\x00\x01\x02 nonsense\r\n\r\n")
