@@ -229,26 +229,29 @@ class HttpApi:
         try:
             return await handler(request)
         except TooManyBodiesError as error:
-            log.warning("%s %s by %s: %s", request.method, request.path, _who(request), error)
+            log.warning("%s %s by %s: %s", request.method, request.raw_path, _who(request), error)
             answer = _problem(error)
             answer.force_close()
             return answer
         except ReplicaError as error:
             level = logging.WARNING if isinstance(error, ForbiddenError) or error.status >= 500 else logging.INFO
-            log.log(level, "%s %s by %s: %s", request.method, request.path, _who(request), error)
+            log.log(level, "%s %s by %s: %s", request.method, request.raw_path, _who(request), error)
             return _problem(error)
         except web.HTTPException as error:
-            answer = _problem(ProtocolError(f"{request.method} {request.path}: {error.reason}"), error.status)
+            answer = _problem(ProtocolError(f"{request.method} {request.raw_path}: {error.reason}"), error.status)
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
         except ConnectionError:
             log.info(
-                "%s %s by %s: the connection was lost in the middle of it", request.method, request.path, _who(request)
+                "%s %s by %s: the connection was lost in the middle of it",
+                request.method,
+                request.raw_path,
+                _who(request),
             )
             return _problem(TransportError("the connection was lost"))  # there is nobody left to read it
         except Exception:
-            log.exception("%s %s by %s failed", request.method, request.path, _who(request))
+            log.exception("%s %s by %s failed", request.method, request.raw_path, _who(request))
             return _problem(ReplicaError("the receiver failed at this request", hint="its log says why"))
 
 

@@ -80,7 +80,7 @@ class DiskReading:
                 async with asyncio.timeout(STALL_SECONDS):
                     await response.write(piece)
         except (ReplicaError, TimeoutError) as error:
-            log.warning("%s was cut off: %s", request.path, error or f"nothing was taken for {STALL_SECONDS:.0f} s")
+            log.warning("%s was cut off: %s", request.raw_path, error or f"nothing was taken for {STALL_SECONDS:.0f} s")
             if request.transport is not None:
                 request.transport.abort()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import ssl
 import subprocess
@@ -146,6 +147,18 @@ def test_a_fault_in_the_engine_tells_nothing_of_its_inside(
     assert (problem.status, problem.type) == (500, "urn:replica:error:internal")
     assert "division" not in problem.detail
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_path_makes_no_lines_in_the_log(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    forged = "2026-01-01T00:00:00Z%20ERROR%20replica%20web-1%20is%20lost"
+    for path in (f"/v1/replicas/x%0a{forged}", f"/x%0d%0a{forged}", f"/v1/replicas/{receiver.id}/points/%0a{forged}"):
+        receiver.ask("GET", path)
+        with closing(receiver.connection()) as connection:
+            connection.request("PUT", path, b"x")
+            connection.getresponse().read()
+    assert "%0a" in caplog.text
+    assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
 def test_an_enrolment_leaves_room_for_its_epoch_to_grow(receiver: Receiver) -> None:
