@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from replica.durable import FileSystem
-from replica.errors import ListenError, TransportError
-from replica.model import DeltaId, ReplicaId, random_id
-from replica.receiver import bodies, http_api, listener, server, workers
+from replica.errors import ListenError, TransportError, UnknownMachineError
+from replica.model import DeltaId, DiskId, ReplicaId, random_id
+from replica.receiver import bodies, http_api, listener, reading, server, workers
 from replica.receiver.site import Site
 from replica.transport import wire
 from replica.transport.client import HttpReceiver
@@ -29,6 +30,7 @@ from replica.transport.wire import Enrol, digest_of
 from tests.receiver.loopback import Loopback, Pki, site_spec
 from tests.receiver.memory_stores import (
     DISK,
+    MemoryPoint,
     MemoryReader,
     MemoryStore,
     MemoryStores,
@@ -472,6 +474,35 @@ def test_damage_half_way_is_a_broken_connection_and_never_a_short_disk(receiver:
             got += len(piece)
     assert got < DISK.size_bytes
     assert receiver.lets_go()
+
+
+def test_one_identity_has_half_of_the_places_for_readers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    receiver.cycle()
+    path = f"/v1/replicas/{receiver.id}/points/1/disks/os"
+    go_on = threading.Event()
+    read_into = MemoryPoint.read_into
+
+    def slow(point: MemoryPoint, disk_id: DiskId, offset: int, buffer: bytearray) -> None:
+        assert go_on.wait(30)
+        read_into(point, disk_id, offset, buffer)
+
+    monkeypatch.setattr(MemoryPoint, "read_into", slow)
+    monkeypatch.setattr(workers, "SHARE", 8)
+    readers = [threading.Thread(target=receiver.ask, args=("GET", path)) for _ in range(reading.MAX_OF_IDENTITY)]
+    for thread in readers:
+        thread.start()
+    try:
+        wait_for(lambda: receiver.stores.open_points == reading.MAX_OF_IDENTITY)
+        assert "reads 4 points" in problem_of(receiver.ask("GET", path)).detail
+        client = receiver.loopback.client(receiver.pki.files("hv-2"))
+        with closing(client), pytest.raises(UnknownMachineError):  # it was let in as far as that
+            next(client.read(ReplicaId(UUID(int=1)), 1, DISK.id))
+    finally:
+        go_on.set()
+        for thread in readers:
+            thread.join()
+    assert receiver.lets_go()
+    assert receiver.ask("GET", path).status == 200
 
 
 def test_a_reader_that_goes_away_lets_its_pin_go(receiver: Receiver) -> None:
