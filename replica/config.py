@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from replica import toml
 from replica.errors import ConfigError
-from replica.model import Consistency, check_name
+from replica.model import MAX_DISKS, Consistency, check_name
 from replica.toml import Source
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class AllowTable(msgspec.Struct, frozen=True):
     primary: Text
     storage: Text
     trust_group: Text = "default"
+    max_replicas: Annotated[int, Meta(ge=1, le=100_000)] | None = None
 
 
 Count = Annotated[int, Meta(ge=0, le=100_000)]
@@ -168,7 +169,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no size; write a number and a unit, such as 64MiB or 4GiB")
-    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))
+    count = float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2]))
+    if count >= 1 << 63:
+        raise ValueError(f"{text[:32]!r} is larger than any disk")
+    return int(count)
 
 
 def parse_limit(text: str) -> Limit:
@@ -188,9 +192,12 @@ def parse_limit(text: str) -> Limit:
 def parse_rate(text: str) -> float:
     """Bytes per second in `100MiB/s`, `1GiB/s`, `500KiB/s`. Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)/s", text.strip())
-    if found is None or not float(found[1]):
+    if found is None:
         raise ValueError(f"{text!r} is no rate; write a number and a unit, such as 100MiB/s")
-    return float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]]
+    rate = float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]]
+    if not 1 << 10 <= rate < 1 << 63:
+        raise ValueError(f"{text[:32]!r} is out of range; 1KiB/s is the least")
+    return rate
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -259,7 +266,14 @@ def _read_as(path: Path, kind: Literal["sender", "receiver"]) -> None:
 
 def load_receiver(path: Path) -> SiteSpec:
     """`receiver.toml` as a SiteSpec. Raises ConfigError with file and line."""
-    from replica.receiver.spec import MAX_POINTS_PER_HOUR, AllowSpec, MachineRetention, SiteSpec, StorageSpec
+    from replica.receiver.spec import (
+        MAX_POINTS_PER_HOUR,
+        MAX_REPLICAS,
+        AllowSpec,
+        MachineRetention,
+        SiteSpec,
+        StorageSpec,
+    )
     from replica.store.retention import Policy
 
     _read_as(path, "receiver")
@@ -284,7 +298,7 @@ def load_receiver(path: Path) -> SiteSpec:
         MachineRetention(table.machine, _policy(source, table, retention, ("retention", "machine", number)))
         for number, table in enumerate(file.retention.machine)
     ]
-    allow = [AllowSpec(primary=a.primary, storage=a.storage, trust_group=a.trust_group) for a in file.allow]
+    allow = [AllowSpec(a.primary, a.storage, a.trust_group, a.max_replicas or MAX_REPLICAS) for a in file.allow]
     return SiteSpec(
         listen_host=host,
         listen_port=port,
@@ -358,6 +372,10 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
 
     if not table.disk:
         source.fail(place, f"machine {table.name!r} has no disk", "add a [[machine.disk]] with a name and an image")
+    disks = len(table.disk) + bool(table.files)
+    if disks > MAX_DISKS:
+        text = f"machine {table.name!r} has {disks} disks{', the one of its `files` included' if table.files else ''}"
+        source.fail(place, text, f"at most {MAX_DISKS} can be kept at the same instant")
     _unique(source, "machine.disk", [disk.name for disk in table.disk], (*place, "disk"))
     if (table.freeze is None) != (table.thaw is None):
         source.fail(place, f"machine {table.name!r} has only one of `freeze` and `thaw`", "give both or neither")

@@ -56,7 +56,7 @@ def check_name(name: str, what: str) -> str:
     Names become file names at the receiver and in `restore`, so they are
     letters, digits, `.`, `_`, `-`, ` ` and may not start with a dot.
     """
-    if not name or len(name.encode()) > MAX_NAME_BYTES or name.startswith("."):
+    if not name or len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES or name.startswith("."):
         raise ValueError(f"{what} {name!r} must have 1 to {MAX_NAME_BYTES} bytes and not start with a dot")
     if any(not (c.isalnum() or c in "._- ") for c in name) or name != name.strip():
         raise ValueError(f"{what} {name!r} may hold letters, digits, '.', '_', '-' and inner spaces only")

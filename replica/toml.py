@@ -54,6 +54,8 @@ class Source:
             raise ConfigError(f"{path}:{line}: not UTF-8 text") from error
         except tomllib.TOMLDecodeError as error:
             raise self._syntax(text, error) from error
+        except ValueError as error:  # a number of thousands of digits
+            raise ConfigError(f"{path} is no configuration: {error}", hint="correct the file") from error
         except RecursionError as error:
             raise ConfigError(f"{path} is nested too deeply", hint="no setting needs that; correct the file") from error
         self._lines = _positions(text)

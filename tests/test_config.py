@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from replica.config import kind_of, load_receiver, load_sender, parse_duration, parse_listen, parse_size, parse_url
+from replica.config import (
+    kind_of,
+    load_receiver,
+    load_sender,
+    parse_duration,
+    parse_listen,
+    parse_rate,
+    parse_size,
+    parse_url,
+)
 from replica.errors import ConfigError
 from replica.model import Consistency
 from replica.primary.spec import DiskSpec
@@ -240,6 +249,13 @@ def test_retention_and_space(tmp_path: Path) -> None:
     assert spec.limits(tmp_path / "replicas" / "x") == SpaceLimits(Limit(100 << 30), Limit(share=0.025))
 
 
+def test_replicas_per_identity(tmp_path: Path) -> None:
+    assert load_receiver(write(tmp_path, "receiver.toml", RECEIVER)).allow[0].max_replicas == 256
+    text = RECEIVER.replace('storage = "tier1"', 'storage = "tier1"\nmax_replicas = 3')
+    assert load_receiver(write(tmp_path, "receiver.toml", text)).allow[0].max_replicas == 3
+    assert "max_replicas" in str(receiver_error(tmp_path, text.replace("= 3", "= 0")))
+
+
 def test_names_are_unique(tmp_path: Path) -> None:
     machine = SENDER[SENDER.index("[[machine]]") :]
     assert "two of [[machine]] are named 'web-1'" in str(sender_error(tmp_path, SENDER + machine))
@@ -314,3 +330,28 @@ def test_sizes() -> None:
     for text in ("", "4", "4GB", "-1GiB", "GiB", "4 GiB 1MiB"):
         with pytest.raises(ValueError, match="is no size"):
             parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "GiB", "9" * 30 + "TiB"])
+def test_a_size_beyond_any_disk_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="larger than any disk"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["0MiB/s", "0.0000001KiB/s", "9" * 400 + "GiB/s"])
+def test_a_rate_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        parse_rate(text)
+
+
+def test_a_number_of_thousands_of_digits_is_a_mistake_in_the_file(tmp_path: Path) -> None:
+    assert "sender.toml is no configuration" in str(sender_error(tmp_path, f"parallel = {'9' * 5000}\n{SENDER}"))
+
+
+def test_a_machine_has_as_many_disks_as_a_point_can_hold(tmp_path: Path) -> None:
+    disks = "".join(f'[[machine.disk]]\nname = "d{n}"\nimage = "d{n}.raw"\n' for n in range(256))
+    head = SENDER[: SENDER.index("[[machine.disk]]")]
+    assert len(load_sender(write(tmp_path, "sender.toml", head + disks)).machines[0].disks) == 256
+    more = disks + '[[machine.disk]]\nname = "one"\nimage = "one.raw"\n'
+    assert "has 257 disks" in str(sender_error(tmp_path, head + more))
+    assert "`files` included" in str(sender_error(tmp_path, head + 'files = ["/etc/a.xml"]\n' + disks))

@@ -9,6 +9,7 @@ with `--debug` only.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -19,11 +20,12 @@ import click
 
 from replica import __version__
 from replica.cli import adopt, enrol, lock, pki, points, prune, receipt, restore, resync, serve, status, sync, verify
-from replica.cli.output import complain
+from replica.cli.output import Said, complain, print_json
 from replica.errors import ReplicaError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+GO_ON = "nothing is lost, run it again to go on"
 
 
 @click.group(
@@ -78,14 +80,27 @@ def main() -> int:
     """
     sys.excepthook = _fault
     logging.getLogger("replica").addHandler(logging.NullHandler())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name is shown as it is
     signal.signal(signal.SIGTERM, _terminated)
     return run(sys.argv[1:])
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit code. Prints, never raises what a user could cause."""
+    said = Said()
+
+    def failed(kind: str, exit_code: int, message: str, hint: str) -> int:
+        """What no `ReplicaError` says: one line, and the one document where it was asked for and is not there yet."""
+        click.echo(f"replica: {message}; {hint}", err=True)
+        if "--json" in arguments and not said.document:
+            retryable = kind == "interrupted"
+            error = {"code": kind, "message": message, "hint": hint, "exit_code": exit_code, "retryable": retryable}
+            print_json({"error": error})
+        return exit_code
+
     try:
-        code = cli.main(args=arguments, prog_name="replica", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="replica", standalone_mode=False, obj=said)
         sys.stdout.flush()
     except ReplicaError as error:
         complain(error)
@@ -94,14 +109,15 @@ def run(arguments: list[str]) -> int:
         return leave.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "replica"
-        click.echo(f"replica: {error.format_message()}; see `{path} --help`", err=True)
-        return error.exit_code
+        return failed("usage", error.exit_code, error.format_message(), f"see `{path} --help`")
     except click.ClickException as error:
-        click.echo(f"replica: {error.format_message()}", err=True)
-        return error.exit_code
+        return failed("usage", error.exit_code, error.format_message(), "correct the command line")
     except (KeyboardInterrupt, click.Abort):
-        click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
-        return INTERRUPTED
+        return failed("interrupted", INTERRUPTED, "interrupted", GO_ON)
+    except SystemExit as leave:
+        if leave.code != TERMINATED:
+            raise
+        return failed("interrupted", TERMINATED, "terminated", GO_ON)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

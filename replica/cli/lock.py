@@ -47,6 +47,8 @@ def lock(
         raise click.UsageError("give both --point and --until, or neither")
     if begin_anew and point is not None:
         raise click.UsageError("--begin-anew stands alone; lock points after it")
+    if not reason.isprintable():
+        raise click.UsageError("--reason holds what cannot be shown; write one line of text")
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     marks = Marks(fs, reader.layout)

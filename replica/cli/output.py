@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import click
 import msgspec
@@ -11,9 +12,34 @@ import msgspec
 from replica.errors import ReplicaError
 
 
+@dataclass
+class Said:
+    """What a command line has answered so far: the `obj` of its click contexts."""
+
+    document: bool = False
+
+
 def print_json(value: object) -> None:
-    """The one document on standard output, indented, with a newline at its end."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    """The one document on standard output, indented, with a newline at its end.
+
+    What of a file's name is not UTF-8 shows as U+FFFD: JSON has nothing else for it.
+    """
+    try:
+        data = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        data = msgspec.json.encode(_as_utf8(msgspec.to_builtins(value)))
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.obj, Said):
+        context.obj.document = True
+    click.echo(msgspec.json.format(data, indent=2).decode())
+
+
+def _as_utf8(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {_as_utf8(key): _as_utf8(item) for key, item in value.items()}
+    return [_as_utf8(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def error_fields(error: ReplicaError) -> dict[str, object]:

@@ -40,6 +40,8 @@ def resync(machine: str, config: Path, as_json: bool) -> int:
     with stopping() as stop, bars(as_json) as bar:
         (outcome,) = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop, rebuild=True)
     if stop.number:
+        if as_json:
+            print_json(entry_of(outcome))
         click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
         return 128 + stop.number
     if outcome.error is not None:

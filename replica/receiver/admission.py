@@ -12,6 +12,7 @@ else says who is asking. The rules, in the order they are asked:
    owner has at most one replica of a machine's name, also if that one is still
    empty: its first copy may be days under way. Whoever finds its machine taken
    adopts that replica, or an operator removes it (`check_new`, `check_again`).
+   How many machines an owner may have is limited by its entry.
 4. Adopting makes another holder the writer. It must wait while the present one
    is in the middle of a delta, that is: opened one, did not end it, and sent
    something in the last minute. Between two cycles it need not wait: the other
@@ -33,7 +34,7 @@ from uuid import UUID
 
 from replica.errors import BusyError, ConflictError, FencedError, ForbiddenError, UnknownMachineError
 from replica.model import DeltaId, Epoch, ReplicaId
-from replica.receiver.spec import AllowSpec
+from replica.receiver.spec import MAX_REPLICAS, AllowSpec
 from replica.store import Identity
 
 ACTIVE_SECONDS = 60.0
@@ -101,14 +102,21 @@ def check_owner(owner: str, identity: str, replica_id: ReplicaId) -> None:
         )
 
 
-def check_new(present: Iterable[Identity], identity: str, machine: str) -> None:
+def check_new(present: Iterable[Identity], identity: str, machine: str, max_replicas: int = MAX_REPLICAS) -> None:
     """May `identity` enrol a replica of `machine` beside the present ones?"""
-    for other in present:
-        if other.owner == identity and other.machine == machine:
+    own = [other for other in present if other.owner == identity]
+    for other in own:
+        if other.machine == machine:
             raise ConflictError(
                 f"{identity!r} already has a replica of machine {machine!r}: {other.replica_id}",
                 hint="adopt it, or stop the receiver and move that replica's directory away to start over",
             )
+    if len(own) >= max_replicas:
+        raise ConflictError(
+            f"{identity!r} has {len(own)} replicas already, as many as it may",
+            hint="raise `max_replicas` in the receiver's [[allow]] entry, or move directories of machines that are "
+            "gone away there, and restart it",
+        )
 
 
 def check_again(present: Identity, identity: str, machine: str, *, same_key: bool) -> None:

@@ -13,14 +13,19 @@ of data here; TCP makes its sender wait. What bounds one identity:
 Whoever does not fit is passed by; who has waited for `AGE_SECONDS` is passed
 by no more, so that small bodies do not starve a large one.
 
+Large answers have a budget of their own, with the same halves: whoever asks for much and does not read it holds room
+that is counted as its own. As many may wait for it as like: a request without a body costs nothing.
+
 Time: a body has to go on within `IDLE_SECONDS` and be there at `MIN_RATE` bytes
 a second at the latest. (Headers: the server closes a connection that has not
-brought a whole request head within its keep-alive time.)
+brought a whole request head within its keep-alive time.) An answer has to be taken as fast (`send`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +35,8 @@ from aiohttp import web
 
 from replica.errors import BusyError, ProtocolError, TransportError
 
+log = logging.getLogger(__name__)
+
 BUDGET_BYTES = 64 << 20
 MAX_BODIES = 16
 """Of one identity at a time. A sender has one for each machine at work, and `parallel` is at most this."""
@@ -38,6 +45,7 @@ AGE_SECONDS = 5.0
 IDLE_SECONDS = 30.0
 GRACE_SECONDS = 30.0
 MIN_RATE = 16 << 10
+PIECE_BYTES = 64 << 10
 
 
 class LengthRequiredError(ProtocolError):
@@ -75,6 +83,9 @@ class _Place:
 class BodyBudget:
     """Bytes of bodies in memory: first come, first served, within each identity's share. One event loop."""
 
+    max_bodies: float = MAX_BODIES
+    """Of one identity at a time, those that wait included."""
+
     def __init__(self, total_bytes: int = BUDGET_BYTES) -> None:
         self.total_bytes = total_bytes
         self.free_bytes = total_bytes
@@ -88,9 +99,9 @@ class BodyBudget:
 
         Raises TooManyBodiesError at once, BusyError if there is no room for `ROOM_SECONDS`.
         """
-        if self._bodies[identity] >= MAX_BODIES:
+        if self._bodies[identity] >= self.max_bodies:
             raise TooManyBodiesError(
-                f"{identity!r} sends more than {MAX_BODIES} bodies at a time", hint="it is tried again by itself"
+                f"{identity!r} sends more than {self.max_bodies} bodies at a time", hint="it is tried again by itself"
             )
         loop = asyncio.get_running_loop()
         count = min(count_bytes, self.total_bytes // 2)
@@ -133,6 +144,12 @@ class BodyBudget:
             place.granted.set_result(None)
 
 
+class AnswerBudget(BodyBudget):
+    """The same for large answers; any number may wait."""
+
+    max_bodies = math.inf
+
+
 def _less(counter: Counter[str], identity: str, count: int) -> None:
     counter[identity] -= count
     if not counter[identity]:
@@ -172,3 +189,28 @@ async def read_body(request: web.Request, length: int) -> bytearray:
     if len(body) != length:
         raise TransportError(f"a body ended after {len(body)} of {length} bytes")
     return body
+
+
+async def send(request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+    """Give the answer out, or the rest of one that was begun; who does not take it in time is cut off.
+
+    In time is what `read_body` gives a body of that length. Does not raise when the connection is lost.
+    """
+    body = answer.body if isinstance(answer, web.Response) and isinstance(answer.body, bytes) else b""
+    if len(body) > PIECE_BYTES:
+        answer = web.StreamResponse(status=answer.status, headers=answer.headers)
+        answer.content_length = len(body)
+    try:
+        async with asyncio.timeout(GRACE_SECONDS + len(body) / MIN_RATE):
+            await answer.prepare(request)
+            if len(body) > PIECE_BYTES:  # TLS reports back-pressure one write late, however large that was
+                for start in range(0, len(body), PIECE_BYTES):
+                    await answer.write(body[start : start + PIECE_BYTES])
+            await answer.write_eof()
+    except TimeoutError:
+        log.warning("an answer to %s %s was not taken in time: cut off", request.method, request.raw_path)
+        if request.transport is not None:
+            request.transport.abort()
+    except ConnectionError:
+        log.info("%s %s: the connection was lost before its answer was taken", request.method, request.raw_path)
+    return answer

@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import AsyncExitStack, suppress
+from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -24,7 +24,7 @@ from aiohttp import web
 
 from replica.errors import ForbiddenError, ProtocolError, ReplicaError, TransportError
 from replica.model import DeltaId, DiskId, Epoch, Frozen, ReplicaId
-from replica.receiver.bodies import BodyBudget, TooManyBodiesError, length_of, read_body
+from replica.receiver.bodies import AnswerBudget, BodyBudget, TooManyBodiesError, length_of, read_body, send
 from replica.receiver.reading import DiskReading
 from replica.receiver.session import Session
 from replica.receiver.site import Site
@@ -36,8 +36,12 @@ from replica.transport.tls import identity_of
 log = logging.getLogger(__name__)
 
 WORKERS = 16
+ANSWER_BYTES = 2 << 20
+"""What a large answer counts as: `MAX_TREE_NODES` of a tree, 32 bytes each. Digests of grains are fewer, and how many
+points and replicas there are to list is the receiver's own affair."""
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNORECASE)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,6 +52,7 @@ class HttpApi:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._budget = BodyBudget()
+        self._answers = AnswerBudget()
         self._call = Workers(WORKERS)
         self._reading = DiskReading(self._call)
 
@@ -77,24 +82,25 @@ class HttpApi:
 
     # --- replicas ---
 
-    async def _replicas(self, request: web.Request) -> web.Response:
-        found = await self._call(self._session(request).replicas, request.query.get("machine", ""))
-        return _document(found)
+    async def _replicas(self, request: web.Request) -> web.StreamResponse:
+        session, machine = self._session(request), request.query.get("machine", "")
+        return await self._large(request, session, f"list of {session.identity}", _document, session.replicas, machine)
 
     async def _replica(self, request: web.Request) -> web.Response:
         replica_id = _replica_id(request)
-        return _document(await self._call.on(replica_id, self._session(request).replica, replica_id))
+        session = self._session(request)
+        return _document(await self._call.on(session.identity, replica_id, session.replica, replica_id))
 
     async def _enrol(self, request: web.Request) -> web.Response:
         session, replica_id = self._session(request), _replica_id(request)
         session.check_allowed()
         enrol = await _read_document(request, wire.Enrol)
-        return _document(await self._call.on(replica_id, session.enrol, replica_id, enrol))
+        return _document(await self._call.on(session.identity, replica_id, session.enrol, replica_id, enrol))
 
     async def _adopt(self, request: web.Request) -> web.Response:
         session, replica_id = await self._admitted(request)
         adopt = await _read_document(request, wire.Adopt)
-        return _document(await self._call.on(replica_id, session.adopt, replica_id, adopt))
+        return _document(await self._call.on(session.identity, replica_id, session.adopt, replica_id, adopt))
 
     # --- deltas ---
 
@@ -102,11 +108,11 @@ class HttpApi:
         delta_id = _delta_id(request)
         session, replica_id = await self._admitted(request)
         begin = await _read_document(request, wire.Begin)
-        return _document(await self._call.on(replica_id, session.begin, replica_id, delta_id, begin))
+        return _document(await self._call.on(session.identity, replica_id, session.begin, replica_id, delta_id, begin))
 
     async def _discard(self, request: web.Request) -> web.Response:
-        replica_id = _replica_id(request)
-        await self._call.on(replica_id, self._session(request).discard, replica_id, _delta_id(request))
+        session, replica_id = self._session(request), _replica_id(request)
+        await self._call.on(session.identity, replica_id, session.discard, replica_id, _delta_id(request))
         return web.Response(status=204)
 
     async def _segments(self, request: web.Request) -> web.Response:
@@ -115,7 +121,9 @@ class HttpApi:
         session, replica_id = await self._admitted(request)
         async with self._budget.hold(session.identity, length):
             body = await read_body(request, length)
-            await self._call.on(replica_id, _store_segments, session, (replica_id, delta_id), number, body)
+            await self._call.on(
+                session.identity, replica_id, _store_segments, session, (replica_id, delta_id), number, body
+            )
         return web.Response(status=204)
 
     async def _commit(self, request: web.Request) -> web.Response:
@@ -124,17 +132,18 @@ class HttpApi:
         session, replica_id = await self._admitted(request)
         async with self._budget.hold(session.identity, length):
             body = await read_body(request, length)
-            job = await self._call.on(replica_id, _start_commit, session, replica_id, delta_id, body)
+            job = await self._call.on(session.identity, replica_id, _start_commit, session, replica_id, delta_id, body)
             del body
         if not await _settled(job, preferred_wait(request.headers.get("Prefer", ""))):
             return web.Response(status=202)
-        return _document(await self._call.on(replica_id, session.outcome, replica_id, job))
+        return _document(await self._call.on(session.identity, replica_id, session.outcome, replica_id, job))
 
     # --- reading ---
 
-    async def _points(self, request: web.Request) -> web.Response:
+    async def _points(self, request: web.Request) -> web.StreamResponse:
         replica_id = _replica_id(request)
-        return _document(await self._call.on(replica_id, self._session(request).points, replica_id))
+        session = self._session(request)
+        return await self._large(request, session, replica_id, _document, session.points, replica_id)
 
     async def _disk(self, request: web.Request) -> web.StreamResponse:
         point = _number(request.match_info["point"], "point")
@@ -142,27 +151,28 @@ class HttpApi:
 
     async def _receipt(self, request: web.Request) -> web.Response:
         replica_id, point = _replica_id(request), _number(request.match_info["point"], "point")
-        data = await self._call.on(replica_id, self._session(request).receipt, replica_id, point)
+        session = self._session(request)
+        data = await self._call.on(session.identity, replica_id, session.receipt, replica_id, point)
         return web.Response(body=data, content_type="application/octet-stream")
 
-    async def _tree(self, request: web.Request) -> web.Response:
+    async def _tree(self, request: web.Request) -> web.StreamResponse:
         disk_id = DiskId(_uuid(request, "disk"))
         level, first, count = (_number(request.query.get(name, ""), name) for name in ("level", "first", "count"))
         arguments = (_replica_id(request), disk_id, level, first, count)
-        digests = await self._call.on(arguments[0], self._session(request).tree, *arguments)
-        return _octets(digests)
+        session = self._session(request)
+        return await self._large(request, session, arguments[0], _octets, session.tree, *arguments)
 
-    async def _nodes(self, request: web.Request) -> web.Response:
+    async def _nodes(self, request: web.Request) -> web.StreamResponse:
         disk_id = DiskId(_uuid(request, "disk"))
         session, replica_id = await self._admitted(request)
         query = await _read_document(request, wire.TreeQuery)
-        return _octets(await self._call.on(replica_id, session.nodes, replica_id, disk_id, query))
+        return await self._large(request, session, replica_id, _octets, session.nodes, replica_id, disk_id, query)
 
-    async def _grains(self, request: web.Request) -> web.Response:
+    async def _grains(self, request: web.Request) -> web.StreamResponse:
         disk_id = DiskId(_uuid(request, "disk"))
         session, replica_id = await self._admitted(request)
         query = await _read_document(request, wire.GrainQuery)
-        return _octets(await self._call.on(replica_id, session.grains, replica_id, disk_id, query))
+        return await self._large(request, session, replica_id, _octets, session.grains, replica_id, disk_id, query)
 
     async def _leaves(self, request: web.Request) -> web.Response:
         disk_id, first = DiskId(_uuid(request, "disk")), _number(request.match_info["number"], "leaf")
@@ -171,7 +181,9 @@ class HttpApi:
         epoch = _epoch(request)
         async with self._budget.hold(session.identity, length):
             body = await read_body(request, length)
-            return _document(await self._call.on(replica_id, _repair, session, replica_id, disk_id, first, epoch, body))
+            where = (replica_id, disk_id)
+            left = await self._call.on(session.identity, replica_id, _repair, session, where, first, epoch, body)
+            return _document(left)
 
     # --- around every request ---
 
@@ -183,35 +195,63 @@ class HttpApi:
         """The session, and the replica that is its own: asked before a byte of a body is read."""
         session, replica_id = self._session(request), _replica_id(request)
         session.check_allowed()
-        await self._call.on(replica_id, session.check_owned, replica_id)
+        await self._call.on(session.identity, replica_id, session.check_owned, replica_id)
         return session, replica_id
+
+    async def _large(
+        self,
+        request: web.Request,
+        session: Session,
+        replica: Hashable,
+        encode: Callable[[T], web.Response],
+        function: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> web.StreamResponse:
+        """Answer with what may be large: from before it is made until the client has taken it, it has its room.
+
+        Two of one replica at a time wait for room or for the answer: one that hangs holds no more of its identity's
+        room. And who waits for room keeps no small request to that replica waiting.
+        """
+        session.check_allowed()
+        async with AsyncExitStack() as room:
+            async with self._call.turn(replica, "large"):
+                await room.enter_async_context(self._answers.hold(session.identity, ANSWER_BYTES))
+                answer = encode(await self._call.on(session.identity, replica, function, *args, **kwargs))
+            return await send(request, answer)
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await send(request, await self._handled(request, handler))
+
+    async def _handled(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turn every failure into a problem document and a line in the log."""
         try:
             return await handler(request)
         except TooManyBodiesError as error:
-            log.warning("%s %s by %s: %s", request.method, request.path, _who(request), error)
+            log.warning("%s %s by %s: %s", request.method, request.raw_path, _who(request), error)
             answer = _problem(error)
             answer.force_close()
             return answer
         except ReplicaError as error:
             level = logging.WARNING if isinstance(error, ForbiddenError) or error.status >= 500 else logging.INFO
-            log.log(level, "%s %s by %s: %s", request.method, request.path, _who(request), error)
+            log.log(level, "%s %s by %s: %s", request.method, request.raw_path, _who(request), error)
             return _problem(error)
         except web.HTTPException as error:
-            answer = _problem(ProtocolError(f"{request.method} {request.path}: {error.reason}"), error.status)
+            answer = _problem(ProtocolError(f"{request.method} {request.raw_path}: {error.reason}"), error.status)
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
         except ConnectionError:
             log.info(
-                "%s %s by %s: the connection was lost in the middle of it", request.method, request.path, _who(request)
+                "%s %s by %s: the connection was lost in the middle of it",
+                request.method,
+                request.raw_path,
+                _who(request),
             )
             return _problem(TransportError("the connection was lost"))  # there is nobody left to read it
         except Exception:
-            log.exception("%s %s by %s failed", request.method, request.path, _who(request))
+            log.exception("%s %s by %s failed", request.method, request.raw_path, _who(request))
             return _problem(ReplicaError("the receiver failed at this request", hint="its log says why"))
 
 
@@ -236,12 +276,12 @@ def _start_commit(session: Session, replica_id: ReplicaId, delta_id: DeltaId, bo
 
 
 def _repair(
-    session: Session, replica_id: ReplicaId, disk_id: DiskId, first: int, epoch: Epoch, body: bytearray
+    session: Session, where: tuple[ReplicaId, DiskId], first: int, epoch: Epoch, body: bytearray
 ) -> wire.StillDamaged:
     frames = wire.decode_segments(body, first)
     if len(frames) != 1:
         raise ProtocolError(f"{len(frames)} frames of leaves; one request has one")
-    return session.repair_leaves(replica_id, disk_id, epoch, frames[0])
+    return session.repair_leaves(*where, epoch, frames[0])
 
 
 async def _settled(job: Job, seconds: float) -> bool:

@@ -20,8 +20,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -34,7 +37,7 @@ from replica.errors import BusyError, KeyMissingError, ProtocolError, ReplicaErr
 from replica.model import DiskId, ReplicaId
 from replica.receiver.admission import authorise, check_again, check_new, check_owner, unknown
 from replica.receiver.session import Session, find_disk
-from replica.receiver.slot import Slot
+from replica.receiver.slot import PATIENCE_SECONDS, Slot
 from replica.receiver.spec import AllowSpec, SiteSpec, StorageSpec
 from replica.receiver.stores import FileStores, Reader, Store, Stores
 from replica.receiver.upkeep import Housekeeper
@@ -51,6 +54,9 @@ log = logging.getLogger(__name__)
 MAX_COMMITS = 4
 """Heads rewritten at the same time: what one more costs in memory and in seeks gains no time."""
 CLOSE_SECONDS = 60.0
+FIND_SECONDS = 30.0
+"""How long the start waits for storages to be listed."""
+ENROL_SECONDS = 20.0
 
 
 class Site:
@@ -73,16 +79,15 @@ class Site:
         self._stores = stores or FileStores(fs, _receipt_key(fs, spec))
         self._clock = clock
         self._turns = threading.Semaphore(MAX_COMMITS)
-        self._enrolling = threading.Lock()
+        self._enrolling: dict[str, threading.Lock] = {}
         self._slots: dict[ReplicaId, Slot] = {}
         self._housekeeper = Housekeeper(lambda: list(self._slots.values()), self._spaces)
-        for storage in spec.storages.values():
-            for directory in self._stores.directories(storage.path):
-                self._find(directory)
-        self.failed = 0
-        self.recovering = len(self._slots)
+        self.failed = self.recovering = 0
+        self._counting = threading.Lock()
+        self._hanging: set[str] = set()
+        self._find_all()
         self._warn_of_policies()
-        self._recover(wait)
+        self._recover(list(self._slots.values()), wait)
         self._housekeeper.start()
 
     def _spaces(self) -> list[tuple[str, Space]]:
@@ -93,12 +98,56 @@ class Site:
             if policy.is_floodable:
                 log.warning("retention of machine %r: %s", name, FLOODABLE)
 
-    def _recover(self, wait: bool) -> None:
-        """Open every slot, `MAX_COMMITS` at a time. In daemon threads: one that hangs must not hold up the end."""
+    def _find_all(self) -> None:
+        """List every storage. One that hangs is not waited for: its replicas come when it answers."""
+        listings = {storage.name: self._list(storage) for storage in self.spec.storages.values()}
+        wait_for(listings.values(), timeout=FIND_SECONDS)
+        with self._counting:
+            self._hanging = {name for name, listing in listings.items() if not listing.done()}
+        for name, listing in listings.items():
+            if name in self._hanging:
+                log.error("storage %s does not answer: its replicas are found when it does", name)
+                listing.add_done_callback(partial(self._found_late, name))
+            else:
+                for directory in listing.result():
+                    self._find(directory)
+
+    def _list(self, storage: StorageSpec) -> Future[list[Path]]:
+        listing: Future[list[Path]] = Future()
+
+        def work() -> None:
+            try:
+                found = self._stores.directories(storage.path)
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits
+                listing.set_exception(error)
+            else:
+                listing.set_result(found)
+
+        threading.Thread(target=work, name=f"find-{storage.name}", daemon=True).start()
+        return listing
+
+    def _found_late(self, name: str, listing: Future[list[Path]]) -> None:
+        try:
+            found = listing.result()
+        except ReplicaError as error:
+            log.error("storage %s cannot be listed: %s; restart when it can be", name, error)
+            return
+        with self._counting:
+            before = set(self._slots)
+            for directory in found:
+                self._find(directory)
+            self._hanging.discard(name)
+        log.info("storage %s answers: %d replicas", name, len(found))
+        self._recover([slot for slot_id, slot in self._slots.items() if slot_id not in before], wait=False)
+
+    def _recover(self, found: list[Slot], wait: bool) -> None:
+        """Open slots, `MAX_COMMITS` at a time. In daemon threads: one that hangs must not hold up the end."""
         slots: SimpleQueue[Slot] = SimpleQueue()
-        for slot in self._slots.values():
+        for slot in found:
             slots.put(slot)
-        counting = threading.Lock()
+        counting = self._counting
+        with counting:
+            self.recovering += len(found)
 
         def work() -> None:
             with suppress(Empty):
@@ -126,7 +175,7 @@ class Site:
         if replica_id in self._slots:
             log.error("%s is left out: that replica is also in %s", directory, self._slots[replica_id].directory)
             return
-        self._slots[replica_id] = self._slot(replica_id, directory)
+        self._slots = {**self._slots, replica_id: self._slot(replica_id, directory)}
 
     def _slot(self, replica_id: ReplicaId, directory: Path, store: Store | None = None) -> Slot:
         stores, wake = self._stores, self._housekeeper.wake
@@ -166,9 +215,26 @@ class Site:
         authorise(self.spec.allow, identity)
         slot = self._slots.get(replica_id)
         if slot is None:
+            self._refuse_while_hanging()
             raise unknown(replica_id)
         check_owner(self._identity_of(slot).owner, identity, replica_id)
         return slot
+
+    def _refuse_while_hanging(self) -> None:
+        """A replica that is not known may be in a storage that has not answered yet."""
+        if self._hanging:
+            raise BusyError(
+                "a storage of the receiver does not answer yet: it is not known which replicas there are",
+                hint="it is tried again by itself; if that stays, look at the receiver's log",
+            )
+
+    def _identities(self) -> list[tuple[Slot, Identity | None]]:
+        """Every slot and whose it is, as far as that can be read; waits for all together no longer than for one."""
+        slots = list(self._slots.values())
+        for slot in slots:
+            slot.look_for_identity()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        return [(slot, slot.identity(max(0.0, deadline - time.monotonic()))) for slot in slots]
 
     def _identity_of(self, slot: Slot) -> Identity:
         """Whose replica this is. As long as that is unreadable nobody is told more than that."""
@@ -188,9 +254,10 @@ class Site:
     def owned(self, identity: str, machine: str) -> list[ReplicaInfo]:
         """Every replica known to be `identity`'s, of one machine's name or of all; unreadable ones as stopped."""
         authorise(self.spec.allow, identity)
+        if machine:
+            self._refuse_while_hanging()  # who finds none makes another
         found = []
-        for slot in list(self._slots.values()):
-            who = slot.identity()
+        for slot, who in self._identities():
             if who is None or who.owner != identity or machine not in ("", who.machine):
                 continue
             try:
@@ -203,12 +270,13 @@ class Site:
     def enrol(self, identity: str, replica_id: ReplicaId, enrol: Enrol) -> ReplicaInfo:
         entry = authorise(self.spec.allow, identity)
         key = DataKey(enrol.key_id, enrol.key)
-        with self._enrolling:
+        with self._enrolling_by(identity):
             slot = self._slots.get(replica_id)
             if slot is None:
-                known = {other.replica_id: other.identity() for other in self._slots.values()}
-                check_new([who for who in known.values() if who is not None], identity, enrol.machine)
-                for other_id in (other_id for other_id, who in known.items() if who is None):
+                self._refuse_while_hanging()
+                known = self._identities()
+                check_new([who for _, who in known if who is not None], identity, enrol.machine, entry.max_replicas)
+                for other_id in (other.replica_id for other, who in known if who is None):
                     log.warning(
                         "machine %s of %s is enrolled as %s; replica %s cannot be read and may be of the same machine",
                         enrol.machine,
@@ -223,6 +291,21 @@ class Site:
                 check_again(present_identity, identity, enrol.machine, same_key=_has_key(slot, key))
         return slot.info()
 
+    @contextmanager
+    def _enrolling_by(self, identity: str) -> Iterator[None]:
+        """One enrolment of an identity at a time; one that hangs keeps no other identity waiting."""
+        with self._counting:
+            turn = self._enrolling.setdefault(identity, threading.Lock())
+        if not turn.acquire(timeout=ENROL_SECONDS):
+            raise BusyError(
+                f"another enrolment by {identity!r} does not end",
+                hint="it is tried again by itself; if that stays, look at the receiver's storage",
+            )
+        try:
+            yield
+        finally:
+            turn.release()
+
     def _create(self, identity: str, replica_id: ReplicaId, enrol: Enrol, entry: AllowSpec, key: DataKey) -> Slot:
         storage = self.spec.storages[entry.storage]
         who = Identity(
@@ -235,7 +318,8 @@ class Site:
         )
         store = self._stores.create(storage.path, who, key, enrol.epoch)
         slot = self._slot(replica_id, storage.path / str(replica_id), store)
-        self._slots = {**self._slots, replica_id: slot}
+        with self._counting:
+            self._slots = {**self._slots, replica_id: slot}
         log.info(
             "replica %s: enrolled machine %s of %s in storage %s", replica_id, enrol.machine, identity, storage.name
         )

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError, StorageFullError
@@ -85,6 +84,8 @@ class Slot:
         self._turns = turns
         self._store = store
         self._identity = store.identity if store else None
+        self._identity_job: Future[None] | None = None
+        self._identity_late = False
         self._upkeep = Upkeep(stores, spec, directory, lambda: wake(self), clock)
         self._pace = Pace(float(spec.max_points_per_hour), clock())
         self._part_pace = Pace(float(SMALL_PARTS_PER_HOUR), clock())
@@ -164,41 +165,88 @@ class Slot:
             raise BusyError(f"replica {self.replica_id} is being recovered", hint="try again when that is done")
         return job.result()
 
-    def identity(self) -> Identity | None:
-        """Who the replica is, also while its store cannot be opened; None if even that is unreadable."""
-        if self._identity is None:
-            with suppress(ReplicaError):
-                self._identity = self._stores.reader(self.directory).identity
+    def identity(self, patience_seconds: float | None = None) -> Identity | None:
+        """Who the replica is, also while its store cannot be opened; None if even that is unreadable.
+
+        Storage that hangs under it is as unreadable. It is waited for so long (`PATIENCE_SECONDS`), and once only.
+        """
+        job = self.look_for_identity()
+        if job is not None and not self._identity_late:
+            wait([job], timeout=PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+            self._identity_late = not job.done()
         return self._identity
+
+    def look_for_identity(self) -> Future[None] | None:
+        """Have the identity read behind, unless it is known (None)."""
+        with self._jobs:
+            if self._identity is not None:
+                return None
+            if self._identity_job is None:
+                self._identity_job = Future()
+                arguments = (self._identity_job,)
+                threading.Thread(target=self._read_identity, args=arguments, name="identity", daemon=True).start()
+            return self._identity_job
+
+    def _read_identity(self, job: Future[None]) -> None:
+        found = None
+        try:
+            found = self._stores.reader(self.directory).identity
+        except ReplicaError:
+            pass
+        finally:
+            with self._jobs:
+                self._identity = self._identity or found
+                self._identity_job, self._identity_late = None, False
+            job.set_result(None)
 
     def info(self, *, receipt: bool = False) -> ReplicaInfo:
         """What is so now, with the head's receipt or without.
 
-        A replica that another process has locked is shown as it lies there, as stopped.
+        A replica that is being opened, or that another process has locked, is shown as it lies there, as stopped.
+
+        A sender takes a delta that is neither arriving, nor being committed, nor the head for one that will never be
+        committed. A delta is one of them after the other, so they are looked at in that order: none is missed.
         """
         try:
             store = self.store()
         except BusyError as error:
             if self._closed:
                 raise
-            reader = self._stores.reader(self.directory)
-            who = reader.identity
-            return ReplicaInfo(
-                self.replica_id, who.machine, who.owner, reader.epoch, reader.head, stopped=to_problem(error)
-            )
+            return self._info_beside(error)
         who, stopped = store.identity, store.stopped
         signed = store.receipt if receipt else None
+        receiving = store.receiving
+        applying = self._working_on() or store.applying
         return ReplicaInfo(
             replica_id=self.replica_id,
             machine=who.machine,
             owner=who.owner,
             epoch=store.epoch,
             head=store.head,
-            applying=self._working_on() or store.applying,
-            receiving=store.receiving,
+            applying=applying,
+            receiving=receiving,
             stopped=to_problem(stopped) if stopped else None,
             damaged=store.damaged,
             receipt=signed.data if signed else None,
+        )
+
+    def _info_beside(self, error: BusyError) -> ReplicaInfo:
+        """What is so of a replica whose store is somebody else's just now.
+
+        Whoever has it finishes a commit that was cut, and one of a delta that had arrived whole: that is being applied.
+        """
+        reader = self._stores.reader(self.directory)
+        who, receiving, received = reader.identity, reader.receiving, reader.received
+        state = reader.state
+        return ReplicaInfo(
+            self.replica_id,
+            who.machine,
+            who.owner,
+            state.epoch,
+            state.head,
+            applying=state.applying or received,
+            receiving=receiving,
+            stopped=to_problem(error),
         )
 
     def unreadable(self, who: Identity, error: ReplicaError) -> ReplicaInfo:
@@ -295,7 +343,7 @@ class Slot:
         return job
 
     def _start(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
-        arguments = (store, job, tail, tail_offset)
+        arguments = (store, job, [tail], tail_offset)
         threading.Thread(target=self._run, args=arguments, name=f"commit-{self.replica_id}", daemon=True).start()
 
     def _take_up(self, store: Store) -> None:
@@ -316,13 +364,14 @@ class Slot:
         job.done.result()
         return self.info(receipt=True)
 
-    def _run(self, store: Store, job: Job, tail: bytes, tail_offset: int) -> None:
+    def _run(self, store: Store, job: Job, tail: list[bytes], tail_offset: int) -> None:
+        """In the job's thread. Its arguments live as long as that: the tail is let go when it is written."""
         error: BaseException | None = None
         try:
             already = store.head.delta_id == job.delta_id and store.applying is None
             if not already:
-                store.finish(job.delta_id, tail, tail_offset)
-            del tail
+                store.finish(job.delta_id, tail[0], tail_offset)
+            tail.clear()
             state = self._commit(store, job.delta_id, tail_offset)
             if not already:
                 log.info(

@@ -14,6 +14,8 @@ from replica.transport.tls import TlsFiles
 
 MAX_POINTS_PER_HOUR = 3600
 """Points that a replica takes per hour, on average: one a second. Each costs a file, and time at every look."""
+MAX_REPLICAS = 256
+"""Replicas of one identity. Each holds a descriptor and some memory for as long as the receiver runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,12 @@ class StorageSpec:
 
 @dataclass(frozen=True, slots=True)
 class AllowSpec:
-    """Lets every identity that matches the pattern `primary` replicate into `storage`."""
+    """Lets every identity that matches the pattern `primary` replicate into `storage`, so many machines each."""
 
     primary: str
     storage: str
     trust_group: str = ""
+    max_replicas: int = MAX_REPLICAS
 
 
 @dataclass(frozen=True, slots=True)

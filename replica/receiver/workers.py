@@ -1,9 +1,11 @@
 """Worker threads for an event loop: what may block runs here, a bounded number at a time.
 
 Work on one replica has at most `SHARE` threads at a time, so that a replica
-whose storage hangs leaves the others theirs; who finds them taken waits in the
-event loop, where waiting costs nothing, and after `TURN_SECONDS` is told that
-the replica is busy.
+whose storage hangs leaves the others theirs, and work for one identity at most
+`IDENTITY_SHARE`, however many replicas it has. Who finds them taken waits in
+the event loop, where waiting costs nothing, and after `TURN_SECONDS` is told
+that the replica, or the receiver, is busy. The replica's turn comes first: who
+waits for a replica that hangs takes nothing from the identity's others.
 
 The threads are daemons: one that never comes back (a dead network file system)
 does not keep the process from ending.
@@ -15,7 +17,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
@@ -26,6 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SHARE = 2
+IDENTITY_SHARE = 8
 TURN_SECONDS = 20.0
 
 
@@ -44,14 +47,22 @@ class Workers:
         self._tasks.put(partial(_run, done, partial(function, *args, **kwargs)))
         return await asyncio.wrap_future(done)
 
-    async def on(self, key: Hashable, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for work on `key` (a replica's id), within its share. BusyError if that stays taken."""
-        async with self._turn(key):
+    async def on(
+        self, identity: str, replica: Hashable, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same for `identity`'s work on `replica`, within both shares. BusyError if one stays taken."""
+        of_identity = f"the receiver is busy: {IDENTITY_SHARE} requests of {identity!r} are at work and do not end"
+        async with self.turn(replica), self._turn(("identity", identity), IDENTITY_SHARE, of_identity):
             return await self(function, *args, **kwargs)
 
+    def turn(self, replica: Hashable, kind: str = "") -> AbstractAsyncContextManager[None]:
+        """One of `SHARE` places for requests of that kind that are at work on a replica."""
+        busy = f"replica {replica} is busy: {SHARE} requests are at work on it and do not end"
+        return self._turn((kind, replica), SHARE, busy)
+
     @asynccontextmanager
-    async def _turn(self, key: Hashable) -> AsyncIterator[None]:
-        turns, users = self._turns.get(key, (asyncio.Semaphore(SHARE), 0))
+    async def _turn(self, key: Hashable, share: int, busy: str) -> AsyncIterator[None]:
+        turns, users = self._turns.get(key, (asyncio.Semaphore(share), 0))
         self._turns[key] = (turns, users + 1)
         try:
             try:
@@ -59,8 +70,7 @@ class Workers:
                     await turns.acquire()
             except TimeoutError:
                 raise BusyError(
-                    f"replica {key} is busy: {SHARE} requests are at work on it and do not end",
-                    hint="it is tried again by itself; if that stays, look at the receiver's storage",
+                    busy, hint="it is tried again by itself; if that stays, look at the receiver's storage"
                 ) from None
             try:
                 yield

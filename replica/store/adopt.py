@@ -18,7 +18,7 @@ left-overs that the next start removes (`head.remove_leftovers`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,12 +26,24 @@ import numpy as np
 
 from replica import _native
 from replica.durable import FileSystem
-from replica.errors import BusyError, ConflictError
+from replica.errors import BusyError, ConfigError, ConflictError
 from replica.images import Image
 from replica.images import open as open_image
 from replica.images.flat import FlatImage
+from replica.machine_files import FILES_DISK_NAME
 from replica.merkle import FileNodes, MerkleTree, leaf_digests
-from replica.model import GRAIN_BYTES, Consistency, DeltaId, Disk, DiskId, DiskState, State, check_name, random_id
+from replica.model import (
+    GRAIN_BYTES,
+    MAX_DISKS,
+    Consistency,
+    DeltaId,
+    Disk,
+    DiskId,
+    DiskState,
+    State,
+    check_name,
+    random_id,
+)
 from replica.progress import Progress, silent
 from replica.store.head import remove_leftovers
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, save_state
@@ -43,9 +55,10 @@ WINDOW_BYTES = 4 << 20
 def adopt_images(fs: FileSystem, directory: Path, images: Mapping[str, Path], progress: Progress = silent) -> State:
     """Make these images (disk name -> file) the head of the empty replica in `directory`; durable when this returns.
 
-    BusyError if a receiver has the replica open, ConflictError if it is not empty, ImageError for an image that
-    cannot be read; the replica is as it was then.
+    ConfigError for names that no machine's disks can have, BusyError if a receiver has the replica open,
+    ConflictError if it is not empty, ImageError for an image that cannot be read; the replica is as it was then.
     """
+    _check_names(images)
     try:
         store = ReplicaStore.open(fs, directory)
     except BusyError as error:
@@ -90,6 +103,19 @@ def adopt_images(fs: FileSystem, directory: Path, images: Mapping[str, Path], pr
         before = load_state(fs, layout)
         save_state(fs, layout, StoreState(head, before.epoch, serial=before.serial + 1, marks=before.marks))
         return head
+
+
+def _check_names(names: Collection[str]) -> None:
+    """Before anything is copied: names become file names, and a state has so many disks."""
+    if len(names) > MAX_DISKS:
+        raise ConfigError(f"{len(names)} images; a machine has at most {MAX_DISKS} disks", hint="adopt fewer")
+    for name in names:
+        try:
+            check_name(name, "disk name")
+        except ValueError as error:
+            raise ConfigError(str(error), hint="give the disk the name that it has at the primary") from error
+        if name == FILES_DISK_NAME:
+            raise ConfigError(f"disk name {name!r} is taken by the machine's files", hint="they are not adopted")
 
 
 def _copy(

@@ -39,6 +39,7 @@ from replica.model import DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.damage import Marks
+from replica.store.incoming import held
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.lost import Found, Losses, losses
@@ -82,6 +83,16 @@ class ReplicaReader:
     @property
     def applying(self) -> DeltaId | None:
         return self.state.applying
+
+    @property
+    def received(self) -> DeltaId | None:
+        """A delta that arrived whole: it is being committed, or waits for that."""
+        return next((delta_id for name, delta_id in held(self._fs, self.layout).items() if "." not in name), None)
+
+    @property
+    def receiving(self) -> DeltaId | None:
+        """The delta that is arriving or was received. What is committed leaves here only after `state` says so."""
+        return next(iter(held(self._fs, self.layout).values()), None)
 
     def points(self) -> list[PointInfo]:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""

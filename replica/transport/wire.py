@@ -48,6 +48,7 @@ MAX_RESPONSE_BYTES = 16 << 20
 """A JSON document in an answer (all replicas of one primary)."""
 MAX_FILE_HEADER_BYTES = 4096
 MAX_WAIT_SECONDS = 60
+MAX_FIRST_EPOCH = 1 << 62
 MAX_TREE_NODES = 1 << 16
 MAX_DAMAGED_LEAVES = 4096
 MAX_RANGES = 2048
@@ -119,6 +120,8 @@ class Enrol(Frozen, frozen=True):
         check_name(self.machine, "machine name")
         if len(self.key) != KEY_BYTES:
             raise ValueError(f"a data key has {KEY_BYTES} bytes")
+        if self.epoch.counter > MAX_FIRST_EPOCH:
+            raise ValueError(f"an epoch begins at {MAX_FIRST_EPOCH} at most, for it grows with every adoption")
 
     def __repr__(self) -> str:
         return f"Enrol(machine={self.machine!r}, key_id={self.key_id}, key=…, epoch={self.epoch})"

@@ -18,6 +18,7 @@ import pytest
 from replica import __version__
 from replica.cli.app import cli, run
 from replica.cli.command import Command, json_option
+from replica.cli.output import print_json
 from replica.errors import SourceBusyError
 from replica.model import Consistency, ReplicaId, random_id
 from replica.primary import runner
@@ -242,3 +243,87 @@ def test_an_interrupted_sync_still_prints_its_list(
     first, second = json.loads(capsys.readouterr().out)
     assert (first["machine"], first["point"]) == ("a", 1)
     assert (second["machine"], second["error"]["code"]) == ("b", "busy")
+
+
+SENDER = (
+    'name = "hv-1"\nstate = "s"\nkeys = "k"\n[tls]\nca = "c"\ncert = "c"\nkey = "k"\n'
+    '[[machine]]\nname = "a"\nto = "https://h"\n[[machine.disk]]\nname = "os"\nimage = "a.img"\n'
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["points", "--json"],
+        ["points", "m", "-c", "x", "--json", "--sink"],
+        ["restore", "m", "-c", "x", "--to", "y", "--point", "0", "--json"],
+        ["lock", "m", "-c", "x", "--point", "1", "--json"],
+        ["lock", "m", "-c", "x", "--point", "1", "--until", "2027-01-01", "--reason", "\udcff", "--json"],
+        ["verify", "m", "-c", "x", "--rate", "0.0000001KiB/s", "--json"],
+        ["verify", "m", "-c", "x", "--rate", f"{'9' * 400}GiB/s", "--json"],
+        ["adopt", "m", "-c", "x", "--disk", "os", "--json"],
+    ],
+)
+def test_wrong_usage_in_json_is_a_document(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert (error["code"], error["exit_code"], error["retryable"]) == ("usage", 2, False)
+    assert err == f"replica: {error['message']}; {error['hint']}\n"
+
+
+def test_an_interruption_in_json_is_a_document(
+    broken: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code in ((KeyboardInterrupt(), 130), (SystemExit(143), 143)):
+        broken(error)
+        assert run(["broken", "--json"]) == code
+        out, err = capsys.readouterr()
+        found = json.loads(out)["error"]
+        assert (found["code"], found["exit_code"], found["retryable"]) == ("interrupted", code, True)
+        assert "nothing is lost" in err
+
+
+def test_an_interruption_after_the_document_adds_no_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command(cls=Command)
+    @json_option
+    def late(as_json: bool) -> None:
+        print_json({"done": True})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.commands, "late", late)
+    assert run(["late", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"done": True}
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_interrupted_resync_prints_what_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], made: bool
+) -> None:
+    result = SyncResult("a", ReplicaId(random_id()), 7, 1_000, Consistency.CRASH, "resync", 10, 10, 20, 0.1, {})
+
+    def interrupted(*_: object, **__: object) -> list[Outcome]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return [Outcome("a", result=result if made else None)]
+
+    monkeypatch.setattr(runner, "sync_machines", interrupted)
+    monkeypatch.setattr(tls, "client_context", lambda _files: None)
+    (tmp_path / "sender.toml").write_text(SENDER)
+    assert run(["resync", "a", "--json", "-c", str(tmp_path / "sender.toml")]) == 130
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["machine"] == "a"
+    assert entry["point"] == 7 if made else entry["error"]["code"] == "busy"
+
+
+def test_a_name_that_is_not_utf_8_is_no_fault(tmp_path: Path) -> None:
+    for arguments in (["status"], ["points", b"\xff"]):
+        done = subprocess.run(
+            [*REPLICA, *arguments, "--json", "-c", os.fsencode(tmp_path) + b"/\xff"], capture_output=True, check=False
+        )
+        assert done.returncode == 3
+        assert "\N{REPLACEMENT CHARACTER}" in json.loads(done.stdout)["error"]["message"]
+    program = "import sys; from replica.cli import app; app.run = lambda a: print(a[0]); sys.exit(app.main())"
+    done = subprocess.run([sys.executable, "-c", program, b"/\xff"], capture_output=True, check=False)
+    assert done.stdout == b"/\xff\n"

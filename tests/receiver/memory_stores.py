@@ -40,6 +40,7 @@ from replica.model import (
 )
 from replica.receipt import SignedReceipt
 from replica.store import Identity, PointInfo, Policy, Rotated
+from replica.store.layout import StoreState
 from replica.store.space import Space, SpaceLimits, judge
 
 DISK = Disk(DiskId(UUID(int=7)), "os", 3 << 20)
@@ -193,12 +194,20 @@ class MemoryReader:
         return self._store.identity
 
     @property
-    def epoch(self) -> Epoch:
-        return self._store.epoch
+    def state(self) -> StoreState:
+        return StoreState(self._store.head, self._store.epoch, self._store.applying)
 
     @property
     def head(self) -> State:
         return self._store.head
+
+    @property
+    def receiving(self) -> DeltaId | None:
+        return self._store.receiving
+
+    @property
+    def received(self) -> DeltaId | None:
+        return self._store.received
 
     def points(self) -> list[PointInfo]:
         return [PointInfo(state, 100, True) for state in self._store.states]

@@ -104,3 +104,12 @@ def test_a_delta_counts_in_its_epoch_only() -> None:
     for epoch in (Epoch(2, MINE), Epoch(1, MINE)):
         with pytest.raises(FencedError, match="took this replica over"):
             check_delta(active, DELTA, epoch)
+
+
+def test_one_owner_has_so_many_replicas_and_no_more() -> None:
+    present = [identity(f"m-{n}") for n in range(3)]
+    check_new(present, "hv-1", "web-1", 4)
+    check_new(present, "hv-2", "web-1", 3)
+    with pytest.raises(ConflictError, match="has 3 replicas already") as caught:
+        check_new(present, "hv-1", "web-1", 3)
+    assert "max_replicas" in str(caught.value)

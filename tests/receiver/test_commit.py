@@ -13,7 +13,7 @@ from replica.model import DeltaId, random_id
 from replica.store import Policy, Rotated
 from replica.transport.wire import Adopt, Begin
 from tests.receiver.conftest import Primary, World
-from tests.receiver.memory_stores import tail_of
+from tests.receiver.memory_stores import MemoryStore, tail_of
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -196,3 +196,27 @@ def test_closing_gives_up_on_a_commit_that_does_not_end(world: World, primary: P
     assert primary.commit(state, wait_seconds=0) is None
     assert not world.site.close(0.05)
     assert not primary.store.closed
+
+
+def test_a_commit_that_waits_for_its_turn_holds_no_tail(primary: Primary, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = threading.Event()
+
+    class Tail(bytes):
+        def __del__(self) -> None:
+            let_go.set()
+
+    finish = MemoryStore.finish
+
+    def watched(store: MemoryStore, delta_id: DeltaId, tail: bytes, tail_offset: int) -> None:
+        finish(store, delta_id, bytes(bytearray(tail)), tail_offset)
+
+    monkeypatch.setattr(MemoryStore, "finish", watched)
+    state = primary.begin()
+    primary.store.gate.clear()
+
+    primary.session.start_commit(primary.id, state.delta_id, Tail(tail_of(state)), 167)
+    until(lambda: primary.store.applying is not None)
+    try:
+        assert let_go.is_set()
+    finally:
+        primary.store.gate.set()

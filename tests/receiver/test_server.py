@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from replica.durable import FileSystem
-from replica.errors import ListenError, TransportError
-from replica.model import DeltaId, ReplicaId, random_id
-from replica.receiver import bodies, http_api, listener, server, workers
+from replica.errors import ListenError, TransportError, UnknownMachineError
+from replica.model import DeltaId, DiskId, ReplicaId, random_id
+from replica.receiver import bodies, http_api, listener, reading, server, workers
 from replica.receiver.site import Site
 from replica.transport import wire
 from replica.transport.client import HttpReceiver
@@ -28,6 +30,7 @@ from replica.transport.wire import Enrol, digest_of
 from tests.receiver.loopback import Loopback, Pki, site_spec
 from tests.receiver.memory_stores import (
     DISK,
+    MemoryPoint,
     MemoryReader,
     MemoryStore,
     MemoryStores,
@@ -146,6 +149,31 @@ def test_a_fault_in_the_engine_tells_nothing_of_its_inside(
     assert (problem.status, problem.type) == (500, "urn:replica:error:internal")
     assert "division" not in problem.detail
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_path_makes_no_lines_in_the_log(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    forged = "2026-01-01T00:00:00Z%20ERROR%20replica%20web-1%20is%20lost"
+    for path in (f"/v1/replicas/x%0a{forged}", f"/x%0d%0a{forged}", f"/v1/replicas/{receiver.id}/points/%0a{forged}"):
+        receiver.ask("GET", path)
+        with closing(receiver.connection()) as connection:
+            connection.request("PUT", path, b"x")
+            connection.getresponse().read()
+    assert "%0a" in caplog.text
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_an_enrolment_leaves_room_for_its_epoch_to_grow(receiver: Receiver) -> None:
+    """With the largest there is, adopting would be a fault for ever."""
+    body = wire.encode(Enrol("web-2", new_key().id, bytes(32), wire.Epoch(1 << 62, random_id())))
+    for counter in ((1 << 62) + 1, (1 << 63) - 1):
+        path = f"/v1/replicas/{random_id()}"
+        response = receiver.ask("PUT", path, body.replace(str(1 << 62).encode(), str(counter).encode()))
+        assert problem_of(response).status == 400
+    replica_id = ReplicaId(random_id())
+    assert receiver.ask("PUT", f"/v1/replicas/{replica_id}", body).status == 200
+    expected = receiver.client.replica(replica_id).epoch
+    assert receiver.client.adopt(replica_id, wire.Adopt(expected, random_id())).epoch.counter == (1 << 62) + 1
 
 
 def test_what_is_no_http_is_answered_with_400(receiver: Receiver) -> None:
@@ -448,6 +476,35 @@ def test_damage_half_way_is_a_broken_connection_and_never_a_short_disk(receiver:
     assert receiver.lets_go()
 
 
+def test_one_identity_has_half_of_the_places_for_readers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    receiver.cycle()
+    path = f"/v1/replicas/{receiver.id}/points/1/disks/os"
+    go_on = threading.Event()
+    read_into = MemoryPoint.read_into
+
+    def slow(point: MemoryPoint, disk_id: DiskId, offset: int, buffer: bytearray) -> None:
+        assert go_on.wait(30)
+        read_into(point, disk_id, offset, buffer)
+
+    monkeypatch.setattr(MemoryPoint, "read_into", slow)
+    monkeypatch.setattr(workers, "SHARE", 8)
+    readers = [threading.Thread(target=receiver.ask, args=("GET", path)) for _ in range(reading.MAX_OF_IDENTITY)]
+    for thread in readers:
+        thread.start()
+    try:
+        wait_for(lambda: receiver.stores.open_points == reading.MAX_OF_IDENTITY)
+        assert "reads 4 points" in problem_of(receiver.ask("GET", path)).detail
+        client = receiver.loopback.client(receiver.pki.files("hv-2"))
+        with closing(client), pytest.raises(UnknownMachineError):  # it was let in as far as that
+            next(client.read(ReplicaId(UUID(int=1)), 1, DISK.id))
+    finally:
+        go_on.set()
+        for thread in readers:
+            thread.join()
+    assert receiver.lets_go()
+    assert receiver.ask("GET", path).status == 200
+
+
 def test_a_reader_that_goes_away_lets_its_pin_go(receiver: Receiver) -> None:
     receiver.cycle()
     for _ in range(10):
@@ -455,6 +512,93 @@ def test_a_reader_that_goes_away_lets_its_pin_go(receiver: Receiver) -> None:
         next(pieces)
         pieces.close()  # type: ignore[attr-defined]
     assert receiver.lets_go()
+
+
+# --- who does not read ---
+
+
+def ask_and_not_read(receiver: Receiver, count: int, times: int = 1) -> list[ssl.SSLSocket]:
+    """Connections that each asked for the largest answer, `times` times, and read nothing. The kernel buffers one."""
+    path = f"/v1/replicas/{receiver.id}/disks/{DISK.id}/tree?level=0&first=0&count=65536"
+    made = []
+    for _ in range(count):
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(20)
+        plain.connect(("localhost", receiver.loopback.port))
+        tls = client_context(receiver.pki.files("hv-1")).wrap_socket(plain, server_hostname="localhost")
+        tls.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
+        made.append(tls)
+    return made
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[bodies.AnswerBudget]:
+    """The budgets of the receivers that are started from here on."""
+    made: list[bodies.AnswerBudget] = []
+
+    class Seen(bodies.AnswerBudget):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(http_api, "AnswerBudget", Seen)
+    return made
+
+
+def test_a_client_that_does_not_read_is_cut_off(
+    answers: list[bodies.AnswerBudget], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.cycle()
+    monkeypatch.setattr(bodies, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "MIN_RATE", 1 << 30)
+    (lazy,) = ask_and_not_read(receiver, 1, times=3)
+    (budget,) = answers
+    wait_for(lambda: budget.free_bytes < budget.total_bytes)
+    wait_for(lambda: budget.free_bytes == budget.total_bytes)
+    with lazy, suppress(ConnectionError, ssl.SSLError):
+        while lazy.recv(1 << 16):
+            pass
+
+
+def test_answers_nobody_reads_are_counted_as_their_identity_s(
+    answers: list[bodies.AnswerBudget], receiver: Receiver
+) -> None:
+    receiver.cycle()
+    lazy = ask_and_not_read(receiver, 24, times=4)
+    (budget,) = answers
+    wait_for(lambda: budget.free_bytes == budget.total_bytes // 2)
+    with closing(receiver.loopback.client(receiver.pki.files("hv-2"))) as other:
+        assert other.replicas() == []
+    assert receiver.client.replica(receiver.id).head.point == 1
+    assert budget.free_bytes == budget.total_bytes // 2
+    for tls in lazy:
+        tls.close()
+    wait_for(lambda: budget.free_bytes == budget.total_bytes)
+
+
+def test_the_end_does_not_wait_for_who_does_not_read(pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "END_SECONDS", 0.5)
+    monkeypatch.setattr(server, "LEAST_SECONDS", 0.2)
+    made = Receiver(pki, tmp_path)
+    made.start()
+    made.cycle()
+    lazy = ask_and_not_read(made, 8, times=3)
+    time.sleep(0.3)
+    started = time.monotonic()
+    made.loopback.stop()
+    assert time.monotonic() - started < 5
+    assert made.store.closed
+    for tls in lazy:
+        tls.close()
+    made.client.close()
 
 
 # --- the end ---

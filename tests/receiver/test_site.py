@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from replica.delta import DataKey
 from replica.durable import FileSystem
 from replica.errors import (
     BusyError,
@@ -26,10 +27,11 @@ from replica.errors import (
     UnknownMachineError,
 )
 from replica.model import DeltaId, Epoch, ReplicaId, random_id
-from replica.receiver import slot
+from replica.receiver import site, slot
 from replica.receiver.session import Session
 from replica.receiver.site import Site
 from replica.receiver.stores import FileStores
+from replica.store import Identity
 from replica.transport.wire import Adopt, Begin, digest_of
 from tests.receiver.conftest import Primary, World
 from tests.receiver.memory_stores import DISK, MemoryStore, content, new_key, tail_of
@@ -353,3 +355,109 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_replica_whose_identity_hangs_holds_up_nobody(
+    world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a list nor an enrolment of another waits for it: not for long the first time, and then not at all."""
+    monkeypatch.setattr(site, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(slot, "PATIENCE_SECONDS", 0.2)
+    other = world.primary("hv-2")
+    other.enrol()
+    world.site.close()
+    go_on = threading.Event()
+    open_store, reader = world.stores.open, world.stores.reader
+
+    def hang(directory: Path) -> None:
+        if directory.name == str(primary.id):
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(world.stores, "open", lambda directory: (hang(directory), open_store(directory))[1])
+    monkeypatch.setattr(world.stores, "reader", lambda directory: (hang(directory), reader(directory))[1])
+    world.site = Site(FileSystem(), world.spec, stores=world.stores, clock=lambda: world.now, wait=False)
+    try:
+        others = world.site.session("hv-2")
+        assert [info.machine for info in others.replicas()] == ["web-1"]
+        started = time.monotonic()
+        for _ in range(20):
+            assert len(others.replicas()) == 1
+        world.primary("hv-2", "web-2").enrol()
+        assert time.monotonic() - started < 2
+        with pytest.raises(BusyError):
+            world.site.session("hv-1").replica(primary.id)
+    finally:
+        go_on.set()
+    wait_until(lambda: [info.machine for info in world.site.session("hv-1").replicas()] == ["web-1"])
+
+
+def test_a_storage_that_hangs_holds_up_neither_the_start_nor_the_other(
+    world: World, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it answers nobody is told that a replica is not there: it may be just there."""
+    monkeypatch.setattr(site, "FIND_SECONDS", 0.2)
+    lab = world.primary("lab-1")
+    lab.enrol()
+    world.site.close()
+    go_on = threading.Event()
+
+    def directories(storage: Path) -> list[Path]:
+        found = primary if storage == Path("/t1") else lab
+        assert storage != Path("/t1") or go_on.wait(30)
+        return [storage / str(found.id)]
+
+    monkeypatch.setattr(world.stores, "directories", directories)
+    world.open()
+    try:
+        lab.session, mine = world.site.session("lab-1"), world.site.session("hv-1")
+        assert lab.cycle().head.point == 1
+        for call in (
+            lambda: mine.replica(primary.id),
+            lambda: mine.replicas("web-1"),
+            lambda: world.primary().enrol(),
+        ):
+            with pytest.raises(BusyError, match="does not answer yet"):
+                call()
+    finally:
+        go_on.set()
+    wait_until(lambda: len(world.site) == 2)
+    wait_until(lambda: [info.replica_id for info in mine.replicas("web-1")] == [primary.id])
+    primary.session = mine
+    assert primary.cycle().head.point == 1
+
+
+def test_an_enrolment_that_hangs_holds_up_no_other_identity_s(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "ENROL_SECONDS", 0.1)
+    go_on, hangs = threading.Event(), threading.Event()
+    create = world.stores.create
+
+    def slow(storage: Path, who: Identity, key: DataKey, epoch: Epoch) -> MemoryStore:
+        if who.owner == "hv-1":
+            hangs.set()
+            assert go_on.wait(30)
+        return create(storage, who, key, epoch)
+
+    monkeypatch.setattr(world.stores, "create", slow)
+    first = threading.Thread(target=world.primary().enrol)
+    first.start()
+    try:
+        assert hangs.wait(10)
+        world.primary("hv-2").enrol()
+        with pytest.raises(BusyError, match="another enrolment"):
+            world.primary("hv-1", "web-2").enrol()
+    finally:
+        go_on.set()
+        first.join()
+    assert len(world.site) == 2
+
+
+def test_an_identity_enrols_as_many_machines_as_its_entry_says(world: World, primary: Primary) -> None:
+    world.spec = replace(world.spec, allow=[replace(entry, max_replicas=2) for entry in world.spec.allow])
+    world.site.close()
+    world.open()
+    world.primary("hv-1", "web-2").enrol()
+    with pytest.raises(ConflictError, match="has 2 replicas already"):
+        world.primary("hv-1", "web-3").enrol()
+    world.primary("hv-2", "web-1").enrol()
+    primary.session = world.site.session("hv-1")
+    primary.enrol()
