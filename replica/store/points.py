@@ -60,10 +60,11 @@ class LostRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PointInfo:
-    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
+    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head; 0 if that inverse
+    does not open.
 
     `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
-    `reason`: why it is not restorable, where a verification has found that.
+    `reason`: why it is not restorable, where an inverse is the cause.
     """
 
     state: State
