@@ -106,8 +106,8 @@ def points(machine: str, config: Path, as_json: bool) -> None:
         ],
     )
     for p in listed:
-        if p.reason:
-            click.echo(f"point {p.state.point} is not restorable: {p.reason}")
+        if not p.restorable:
+            click.echo(f"point {p.state.point} is not restorable: {p.why}")
 
 
 def reasons(fs: FileSystem, reader: ReplicaReader, spec: SiteSpec) -> tuple[dict[DeltaId, str], dict[DeltaId, int]]:

@@ -74,6 +74,17 @@ class PointInfo:
     lost: tuple[LostRange, ...] = ()
     reason: str = ""
 
+    @property
+    def why(self) -> str:
+        """Why it is not restorable, in words; empty if it is."""
+        if self.restorable:
+            return ""
+        if self.reason or not self.lost:
+            return self.reason or "what it needs cannot be read"
+        first, more = self.lost[0], f" and {len(self.lost) - 1} more ranges" if len(self.lost) > 1 else ""
+        last = first.offset + first.length - 1
+        return f"disk {first.disk!r}, bytes {first.offset} to {last}{more}: lost, or damaged in the head"
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:

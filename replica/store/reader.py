@@ -103,6 +103,7 @@ class ReplicaReader:
         ]
         if head.is_point:
             infos.append(PointInfo(head, self._head_bytes(head), head.delta_id in readable, chain.state.committed))
+        infos = [info if info.restorable else replace(info, reason=_not_readable(chain)) for info in infos]
         infos = [_with_lost(info, lost[info.state.delta_id]) for info in infos]
         infos += _cut_off(chain, {info.state.delta_id for info in infos})
         infos.sort(key=lambda info: info.state.point)
@@ -205,6 +206,13 @@ class ReplicaReader:
         raise PointGoneError(f"machine {machine!r} has no point {number}", hint=hint)
 
 
+def _not_readable(chain: Chain) -> str:
+    """Why a point on the way cannot be read, whatever is in the inverses that lead to it."""
+    if chain.torn:
+        return "a commit was cut and its inverse is damaged or missing: the head may be half written"
+    return "an image that it needs is missing in head/"
+
+
 def _cut_off(chain: Chain, listed: set[DeltaId]) -> list[PointInfo]:
     """The points that only inverses name which cannot be reached: another one is damaged or missing.
 
@@ -228,7 +236,13 @@ def _with_lost(info: PointInfo, found: Found) -> PointInfo:
     ranges: list[LostRange] = []
     for entry in info.state.disks:
         ranges += [LostRange(entry.disk.name, a, b - a) for a, b in found.get(entry.disk.id, Losses()).gone]
-    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]))
+    reason = info.reason
+    for entry in info.state.disks:
+        unreadable = found.get(entry.disk.id, Losses()).unreadable
+        if unreadable and not reason and not ranges:
+            start, stop = unreadable[0]
+            reason = f"disk {entry.disk.name!r}, bytes {start} to {stop - 1}, damaged in an inverse of points/"
+    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]), reason=reason)
 
 
 def _refuse_torn(chain: Chain, layout: Layout) -> None:
