@@ -64,8 +64,10 @@ def verify(machine: str, points: bool, rate: str | None, restart: bool, config: 
             bytes_per_second=bytes_per_second,
         )
     if as_json:
-        print_json(_fields(report))
+        print_json({"point": reader.head.point, **_fields(report)})
     else:
+        if not reader.head.point:
+            click.echo(f"{machine} has no point yet{'' if report.disks else ': there is nothing to verify'}")
         _print(report)
     if report.ok:
         return 0

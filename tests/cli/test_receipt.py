@@ -138,6 +138,18 @@ def test_verify_names_what_damage_costs_and_points_remembers_it(
     assert run(["verify", "web-1", "--rate", "fast", "-c", "receiver.toml"]) == 2
 
 
+def test_verify_of_an_empty_replica_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "receiver.toml").write_text(CONFIG)
+    SmallPrimary({"os": 4096}).enrol(FileSystem(), tmp_path / "replicas").close()
+    assert run(["verify", "web-1", "-c", "receiver.toml"]) == 0
+    assert "web-1 has no point yet: there is nothing to verify" in capsys.readouterr().out
+    assert run(["verify", "web-1", "-c", "receiver.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["point"] == 0
+
+
 @pytest.mark.parametrize("what", ["file", "image"])
 def test_a_point_that_cannot_be_restored_says_why_without_a_verification(
     audit: Audit, capsys: pytest.CaptureFixture[str], what: str
