@@ -377,6 +377,7 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
         text = f"machine {table.name!r} has {disks} disks{', the one of its `files` included' if table.files else ''}"
         source.fail(place, text, f"at most {MAX_DISKS} can be kept at the same instant")
     _unique(source, "machine.disk", [disk.name for disk in table.disk], (*place, "disk"))
+    _own_images(source, table.disk, (*place, "disk"))
     if (table.freeze is None) != (table.thaw is None):
         source.fail(place, f"machine {table.name!r} has only one of `freeze` and `thaw`", "give both or neither")
     try:
@@ -408,6 +409,17 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
         )
     except ValueError as error:
         source.fail((*place, "name"), str(error))
+
+
+def _own_images(source: Source, disks: tuple[DiskTable, ...], place: toml.Place) -> None:
+    """Two disks with one image are a slip: one of them would be restored with the other's content."""
+    owners: dict[str, str] = {}
+    for number, disk in enumerate(disks):
+        path = os.path.realpath(_path(source.path, disk.image))
+        if path in owners:
+            what = f"disks {owners[path]!r} and {disk.name!r} have the same image, {path}"
+            source.fail((*place, number, "image"), what, "each disk has an image of its own")
+        owners[path] = disk.name
 
 
 def _files(source: Source, files: tuple[str, ...], place: toml.Place) -> tuple[Path, ...]:

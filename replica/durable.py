@@ -485,8 +485,15 @@ class FileSystem:
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
         """Take a kernel lock on `path` (made if missing). BusyError with message `busy` if taken and not `wait`."""
+        return self._lock(path, os.O_RDWR | os.O_CREAT, shared, wait, busy)
+
+    def lock_directory(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
+        """Like `lock`, on a directory that is there: nothing is made in it."""
+        return self._lock(path, os.O_RDONLY | os.O_DIRECTORY, shared, wait, busy)
+
+    def _lock(self, path: Path, flags: int, shared: bool, wait: bool, busy: str) -> Lock:
         with _named("lock", path):
-            fd = self._calls.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fd = self._calls.open(path, flags | os.O_CLOEXEC, 0o640)
             try:
                 self._calls.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,16 @@ def test_names_are_unique(tmp_path: Path) -> None:
     error = sender_error(tmp_path, SENDER + disk)
     assert "two of [[machine.disk]] are named 'os'" in str(error)
     assert "sender.toml:14: " in str(error)
+
+
+@pytest.mark.parametrize("again", ["{0}", "./{0}", "link.img"])
+def test_two_disks_have_images_of_their_own(tmp_path: Path, again: str) -> None:
+    disk = SENDER[SENDER.index("[[machine.disk]]") :]
+    image = re.search('image = "(.*)"', disk)[1]  # type: ignore[index]
+    (tmp_path / "link.img").symlink_to(tmp_path / image)
+    second = disk.replace('"os"', '"data"').replace(image, again.format(image))
+    error = sender_error(tmp_path, SENDER + second)
+    assert "disks 'os' and 'data' have the same image" in str(error) and "sender.toml:16: " in str(error)
 
 
 def test_two_machines_may_have_disks_of_one_name(tmp_path: Path) -> None:

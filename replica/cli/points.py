@@ -96,7 +96,7 @@ def points(machine: str, config: Path, as_json: bool) -> None:
                 rfc3339(p.state.frozen_at_ns),
                 duration(max(0.0, now - p.state.frozen_at_ns / 1e9)),
                 p.state.consistency.value,
-                size(p.stored_bytes),
+                size(p.stored_bytes) if p.stored_bytes or p.restorable else "-",
                 "yes" if p.restorable else "NO",
                 rfc3339(p.committed.wall_ns) if p.committed.wall_ns else "-",
                 why.get(p.state.delta_id, "") or "-",
@@ -106,8 +106,8 @@ def points(machine: str, config: Path, as_json: bool) -> None:
         ],
     )
     for p in listed:
-        if p.reason:
-            click.echo(f"point {p.state.point} is not restorable: {p.reason}")
+        if not p.restorable:
+            click.echo(f"point {p.state.point} is not restorable: {p.why}")
 
 
 def reasons(fs: FileSystem, reader: ReplicaReader, spec: SiteSpec) -> tuple[dict[DeltaId, str], dict[DeltaId, int]]:

@@ -9,8 +9,8 @@ import click
 
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import print_json, size
-from replica.errors import ConfigError, FormatError, PointGoneError, RootMismatchError, StorageError
+from replica.cli.output import complain, print_json, size
+from replica.errors import ConfigError, DamageError, FormatError, PointGoneError, RootMismatchError, StorageError
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
@@ -63,12 +63,16 @@ def show(machine: str, point: int | None, config: Path, as_json: bool) -> None:
 )
 @config_option("receiver.toml")
 @json_option
-def export(machine: str, target: Path, config: Path, as_json: bool) -> None:
+def export(machine: str, target: Path, config: Path, as_json: bool) -> int:
     """Write the receipts of all points of MACHINE into DIR, for whoever checks them elsewhere.
 
     A file POINT-ID.receipt for each, with what links it to the one before
     where receipts between them went with their points. Files that are there
-    already stay, unless they are other ones: then it stops.
+    already stay, unless they are other ones: then it stops. One that is
+    damaged is named and left out, and the exit code is 11.
+
+    Whoever checks them needs the public key, too. It is not written into DIR:
+    take it from <storage>/receipt.pub once, on a way that you trust.
 
     \b
     Example:
@@ -84,7 +88,8 @@ def export(machine: str, target: Path, config: Path, as_json: bool) -> None:
     files = ReceiptFiles(fs, reader.layout)
     fs.make_directory(target)
     written: dict[str, str] = {}
-    for signed in files.all():
+    receipts, damaged = files.look()
+    for signed in receipts:
         path = target / f"{signed.receipt.point:08}-{signed.receipt.delta_id}.receipt"
         if fs.exists(path) and fs.read_bytes(path, len(signed.data)) != signed.data:
             raise FormatError(f"{path} is another receipt of the same point", hint="one of the two is not genuine")
@@ -94,9 +99,17 @@ def export(machine: str, target: Path, config: Path, as_json: bool) -> None:
         fs.replace_bytes(path, signed.data)
         written[str(signed.receipt.point)] = str(path)
     if as_json:
-        print_json({"files": written})
-        return
-    click.echo(f"{len(written)} receipts of {machine} are in {target}")
+        print_json({"files": written, "damaged": [str(path) for path in damaged]})
+    else:
+        click.echo(f"{len(written)} receipts of {machine} are in {target}")
+    if not damaged:
+        return 0
+    error = DamageError(
+        f"{len(damaged)} receipts of {machine} are damaged and were not written: {', '.join(map(str, damaged))}",
+        hint="their points are not affected; earlier exports may have them",
+    )
+    complain(error)
+    return error.exit_code
 
 
 @receipt.command(cls=Command)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from replica.receiver.spec import SiteSpec
     from replica.store import ReplicaReader
 
+NAMED = 8
+"""So many damaged points, files and receipts of a machine are named each."""
+
 
 @click.command(cls=Command)
 @config_option("sender.toml or receiver.toml")
@@ -72,6 +75,9 @@ def _receiver(config: Path, as_json: bool) -> None:
     if rows:
         headers = ("machine", "owner", "point", "frozen at", "behind", "points", "stored", "head", "state")
         print_table(headers, [_line(row) for row in rows])
+    for row in rows:
+        for text in _damage(row):
+            click.echo(f"{row['owner']}/{row['machine']}: {text}")
     for name, text in told:
         click.echo(f"{name}: {text}")
     for path, failure in broken:
@@ -122,11 +128,28 @@ def warnings(fs: FileSystem, spec: SiteSpec, reader: ReplicaReader) -> list[str]
     return found
 
 
+def _damage(row: dict[str, object]) -> list[str]:
+    """What `DAMAGED POINTS` and a damaged receipt mean, in words."""
+    points, files, receipts = row["not_restorable"], row["damaged"], row["receipts_damaged"]
+    assert isinstance(points, list) and isinstance(files, list) and isinstance(receipts, list)
+    found = [f"point {p['point']} is not restorable: {p['reason']}" for p in points[:NAMED]]
+    if len(points) > NAMED:
+        found.append(f"{len(points) - NAMED} more points are not restorable, see `replica points`")
+    found += [f"{path} is damaged: the points that need it are lost or not restorable" for path in files[:NAMED]]
+    if receipts:
+        more = f" and {len(receipts) - NAMED} more" if len(receipts) > NAMED else ""
+        numbers = ", ".join(map(str, receipts[:NAMED]))
+        found.append(f"the receipts of points {numbers}{more} are damaged; the content of the points is not affected")
+    return found
+
+
 def _replica(fs: FileSystem, reader: ReplicaReader) -> dict[str, object]:
-    from replica.store.receipts import ReceiptFiles
+    from replica.store.receipts import ReceiptFiles, ReceiptWord
 
     identity, head, listed = reader.identity, reader.head, reader.points()
     frozen_at = listed[-1].state.frozen_at_ns if listed else None
+    receipts = ReceiptFiles(fs, reader.layout)
+    words = {p.state.point: receipts.word(p.state) for p in listed}
     return {
         "machine": identity.machine,
         "owner": identity.owner,
@@ -139,10 +162,12 @@ def _replica(fs: FileSystem, reader: ReplicaReader) -> dict[str, object]:
         "points": len(listed),
         "bytes": sum(p.stored_bytes for p in listed),
         "restorable": all(p.restorable for p in listed) and not reader.damaged,
+        "not_restorable": [{"point": p.state.point, "reason": p.why} for p in listed if not p.restorable],
         "damaged": [str(path) for path in reader.damaged],
         "damaged_leaves": sum(d.stop - d.first for d in reader.marks.leaves),
         "copying": head.partial,
-        "receipt": ReceiptFiles(fs, reader.layout).word(listed[-1].state).value if listed else None,
+        "receipt": words[listed[-1].state.point].value if listed else None,
+        "receipts_damaged": [point for point, word in words.items() if word is ReceiptWord.DAMAGED],
         "applying": None if reader.applying is None else str(reader.applying),
         "disks": {d.disk.name: d.disk.size_bytes for d in head.machine_disks},
         "roots": head.roots,
@@ -155,6 +180,8 @@ def _line(row: dict[str, object]) -> tuple[str, ...]:
     state = state if row["restorable"] else "DAMAGED POINTS"
     if state == "ok" and row["receipt"] in ("missing", "damaged"):
         state = f"receipt {row['receipt']}"
+    if state == "ok" and row["receipts_damaged"]:
+        state = "receipts damaged"
     if row["damaged_leaves"]:
         state = f"DAMAGED HEAD ({row['damaged_leaves']} leaves; the next sync repairs them)"
     return (

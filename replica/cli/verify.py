@@ -14,6 +14,7 @@ from replica.errors import DamageError
 from replica.model import rfc3339
 
 if TYPE_CHECKING:
+    from replica.store.points import PointInfo
     from replica.store.verify_round import Report
 
 
@@ -31,7 +32,8 @@ def verify(machine: str, points: bool, rate: str | None, restart: bool, config: 
     damage on the storage; it is noted, and the next sync of the machine sends
     those ranges again. With --points, the inverses that hold the older points
     are read and opened as well, chunk by chunk. Damage is named with the points
-    that it costs, and the exit code is 11.
+    that it costs, as is every point that cannot be restored for whatever
+    reason, and the exit code is 11.
 
     One that is cut, by Ctrl-C or a kill, goes on where it was when it is
     called again. Works whether `serve` runs or not.
@@ -63,13 +65,21 @@ def verify(machine: str, points: bool, rate: str | None, restart: bool, config: 
             restart=restart,
             bytes_per_second=bytes_per_second,
         )
+    named = {p.state.point for p in report.points}
+    lost = [i for i in reader.points() if not i.restorable and i.state.point not in named] if points else []
+    ok = report.ok and not lost
     if as_json:
-        print_json(_fields(report))
+        numbers = [info.state.point for info in lost]
+        print_json({"point": reader.head.point, **_fields(report), "ok": ok, "not_restorable": numbers})
     else:
+        if not reader.head.point:
+            click.echo(f"{machine} has no point yet{'' if report.disks else ': there is nothing to verify'}")
         _print(report)
-    if report.ok:
+        for info in lost:
+            click.echo(f"point {info.state.point}: not restorable: {info.why}")
+    if ok:
         return 0
-    damage = DamageError(_what(machine, report), hint=_hint(report))
+    damage = DamageError(_what(machine, report, lost), hint=_hint(report))
     complain(damage)
     return damage.exit_code
 
@@ -142,8 +152,10 @@ def _range(offset: int, length: int) -> str:
     return f"bytes {offset} to {offset + length - 1}"
 
 
-def _what(machine: str, report: Report) -> str:
+def _what(machine: str, report: Report, lost: list[PointInfo]) -> str:
     parts = []
+    if lost:
+        parts.append(f"points of {machine} cannot be restored: {', '.join(str(info.state.point) for info in lost)}")
     disks = ", ".join(v.disk.name for v in report.disks if v.mismatches)
     if disks:
         parts.append(f"the head of {machine} is damaged on disk {disks}")
@@ -153,9 +165,9 @@ def _what(machine: str, report: Report) -> str:
     numbers = sorted({p.state.point for p in report.points})
     if numbers:
         parts.append(f"points that read through damage: {', '.join(map(str, numbers))}")
-    lost = sum(1 for mark in report.files or () if mark.problem)
-    if lost:
-        parts.append(f"{lost} files of points of {machine} cannot be opened")
+    closed = sum(1 for mark in report.files or () if mark.problem)
+    if closed:
+        parts.append(f"{closed} files of points of {machine} cannot be opened")
     if report.receipts:
         parts.append(f"receipts of {machine} are damaged: {', '.join(map(str, report.receipts))}")
     return "; ".join(parts) or f"files of points of {machine} are damaged that no point needs"

@@ -60,10 +60,11 @@ class LostRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PointInfo:
-    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head.
+    """One listed point. `stored_bytes` is what it takes in the store: its inverse, or the head; 0 if that inverse
+    does not open.
 
     `lost`: the first ranges that nobody has any more. A point that has some is not `restorable`; all the rest of it is.
-    `reason`: why it is not restorable, where a verification has found that.
+    `reason`: why it is not restorable, where an inverse is the cause.
     """
 
     state: State
@@ -72,6 +73,17 @@ class PointInfo:
     committed: Stamp = NEVER
     lost: tuple[LostRange, ...] = ()
     reason: str = ""
+
+    @property
+    def why(self) -> str:
+        """Why it is not restorable, in words; empty if it is."""
+        if self.restorable:
+            return ""
+        if self.reason or not self.lost:
+            return self.reason or "what it needs cannot be read"
+        first, more = self.lost[0], f" and {len(self.lost) - 1} more ranges" if len(self.lost) > 1 else ""
+        last = first.offset + first.length - 1
+        return f"disk {first.disk!r}, bytes {first.offset} to {last}{more}: lost, or damaged in the head"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import File, FileSystem
 from replica.errors import DamageError, LostError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
-from replica.model import DeltaId, Disk, DiskId, Epoch, State
+from replica.model import NEVER, DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage
 from replica.store.damage import Marks
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 
 MAX_LOST_RANGES = 64
 """How many lost ranges of a point are listed."""
+
+NAMED_FILES = 3
+"""How many damaged files an error names."""
 
 
 class ReplicaReader:
@@ -111,13 +114,9 @@ class ReplicaReader:
         ]
         if head.is_point:
             infos.append(PointInfo(head, self._head_bytes(head), head.delta_id in readable, chain.state.committed))
+        infos = [info if info.restorable else replace(info, reason=_not_readable(chain)) for info in infos]
         infos = [_with_lost(info, lost[info.state.delta_id]) for info in infos]
-        known = {info.state.delta_id for info in infos}
-        for stray in chain.strays:
-            for state in (stray.base, stray.result):
-                if state.is_point and state.delta_id not in known and state.point < head.point:
-                    known.add(state.delta_id)
-                    infos.append(PointInfo(state, stray.stored_bytes, False, stray.committed))
+        infos += _cut_off(chain, {info.state.delta_id for info in infos})
         infos.sort(key=lambda info: info.state.point)
         return with_damage(infos, known_damage(self._fs, self.layout, self._keyring, chain))
 
@@ -205,15 +204,40 @@ class ReplicaReader:
         numbers = [state.point for state in chain.points]
         if not numbers:
             raise PointGoneError(f"machine {machine!r} has no point yet", hint="its first copy is not complete")
-        if any(stray.result.is_point and stray.result.point == number for stray in chain.strays):
+        unreadable = ", ".join(path.name for path in self.damaged[:NAMED_FILES]) or "a file is missing"
+        if any(info.state.point == number for info in _cut_off(chain, {state.delta_id for state in chain.points})):
             raise PointGoneError(
                 f"point {number} of machine {machine!r} cannot be restored: an inverse between it and the head is "
-                f"damaged or missing in {self.layout.points}",
-                hint="choose a newer point",
+                f"damaged or missing in {self.layout.points} ({unreadable})",
+                hint="put that file back if there is a copy of it, or choose a newer point",
             )
-        raise PointGoneError(
-            f"machine {machine!r} has no point {number}", hint=f"its points are {min(numbers)} to {max(numbers)}"
-        )
+        hint = f"its points are {min(numbers)} to {max(numbers)}"
+        if self.damaged and number is not None and number < min(numbers):
+            hint += f"; older ones may be behind what is damaged in {self.layout.points} ({unreadable})"
+        raise PointGoneError(f"machine {machine!r} has no point {number}", hint=hint)
+
+
+def _not_readable(chain: Chain) -> str:
+    """Why a point on the way cannot be read, whatever is in the inverses that lead to it."""
+    if chain.torn:
+        return "a commit was cut and its inverse is damaged or missing: the head may be half written"
+    return "an image that it needs is missing in head/"
+
+
+def _cut_off(chain: Chain, listed: set[DeltaId]) -> list[PointInfo]:
+    """The points that only inverses name which cannot be reached: another one is damaged or missing.
+
+    Of a point whose own inverse is that one nothing else is known: not what it takes, and not when it was committed.
+    """
+    reason = "an inverse between it and the head is damaged or missing"
+    own = {s.result.delta_id: PointInfo(s.result, s.stored_bytes, False, s.committed, (), reason) for s in chain.strays}
+    named = {s.base.delta_id: PointInfo(s.base, 0, False, NEVER, (), reason) for s in chain.strays}
+    newest = chain.state.head.point
+    return [
+        info
+        for info in {**named, **own}.values()
+        if info.state.is_point and info.state.point < newest and info.state.delta_id not in listed
+    ]
 
 
 def _with_lost(info: PointInfo, found: Found) -> PointInfo:
@@ -223,7 +247,13 @@ def _with_lost(info: PointInfo, found: Found) -> PointInfo:
     ranges: list[LostRange] = []
     for entry in info.state.disks:
         ranges += [LostRange(entry.disk.name, a, b - a) for a, b in found.get(entry.disk.id, Losses()).gone]
-    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]))
+    reason = info.reason
+    for entry in info.state.disks:
+        unreadable = found.get(entry.disk.id, Losses()).unreadable
+        if unreadable and not reason and not ranges:
+            start, stop = unreadable[0]
+            reason = f"disk {entry.disk.name!r}, bytes {start} to {stop - 1}, damaged in an inverse of points/"
+    return replace(info, restorable=False, lost=tuple(ranges[:MAX_LOST_RANGES]), reason=reason)
 
 
 def _refuse_torn(chain: Chain, layout: Layout) -> None:

@@ -80,13 +80,18 @@ class ReceiptFiles:
 
     def all(self) -> list[SignedReceipt]:
         """Those that can be read, in the order of their numbers."""
-        found = []
+        return self.look()[0]
+
+    def look(self) -> tuple[list[SignedReceipt], list[Path]]:
+        """Those that can be read, in the order of their numbers; and the files that are damaged."""
+        found, damaged = [], []
         for delta_id in self.names():
             try:
                 found.append(self.read(delta_id))
             except FormatError as error:
                 log.warning("%s", error)
-        return sorted(found, key=lambda signed: signed.receipt.serial)
+                damaged.append(self._layout.receipt(delta_id))
+        return sorted(found, key=lambda signed: signed.receipt.serial), sorted(damaged)
 
     def word(self, state: State) -> ReceiptWord:
         """What there is of a point."""

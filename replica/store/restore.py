@@ -4,21 +4,24 @@ Each disk is written under a temporary name, its Merkle root computed from the
 very bytes that were written and compared with the point's, and synced; only
 when that is done for all of them do they get their names. What is zero stays a
 hole. A restore that fails on the way there leaves nothing behind, one that is killed
-nothing under a final name.
+nothing under a final name: what it had written goes with the next restore into that
+directory. Each holds a shared lock on the directory itself, so that whoever gets it
+exclusively knows that nobody is writing there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+import re
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
 from replica import _native
 from replica.durable import FileSystem
-from replica.errors import DamageError, LostError, StorageError, TargetExistsError
+from replica.errors import BusyError, DamageError, LostError, StorageError, TargetExistsError
 from replica.images.flat import EXTENSIONS, FlatImage
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk
@@ -31,6 +34,8 @@ WINDOW_BYTES = 4 << 20
 log = logging.getLogger(__name__)
 
 NAMED_RANGES = 8
+TEMPORARY = re.compile(r"\.(files|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})\.[0-9a-f]{8}\.partial")
+"""What a restore writes to before it gives names."""
 DEEP_WINDOW_BYTES = 32 << 20
 """Of a point behind inverses: each read opens every chunk it needs once, so a larger one opens fewer."""
 
@@ -55,6 +60,8 @@ def restore_point(
     """
     disks = [state.disk for state in point.state.machine_disks]
     paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
+    if os.path.lexists(target) and not target.is_dir():
+        raise TargetExistsError(f"{target} already exists and is no directory", hint="choose another one for --to")
     for path in paths.values():
         if os.path.lexists(path):
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
@@ -62,6 +69,42 @@ def restore_point(
     if not allow_lost:
         _refuse_lost(point, lost)
     fs.make_directory(target)
+    with ExitStack() as stack:
+        _hold(fs, target, stack)
+        _write(fs, point, target, format, paths, lost, progress, allow_lost=allow_lost)
+    return paths
+
+
+def _hold(fs: FileSystem, target: Path, stack: ExitStack) -> None:
+    """Take our lock on the directory; if nobody else has one, first remove what restores that were killed left there.
+
+    A file system that knows no locks on directories keeps what they left.
+    """
+    with suppress(BusyError, StorageError), fs.lock_directory(target):
+        for name in filter(TEMPORARY.fullmatch, fs.list_names(target)):
+            path = target / name
+            log.info("removing %s, which a restore that was cut has left", path)
+            if path.is_dir() and not path.is_symlink():
+                fs.remove_tree(path)
+            else:
+                fs.unlink(path)
+    with suppress(StorageError):
+        stack.enter_context(fs.lock_directory(target, shared=True, wait=True))
+
+
+def _write(
+    fs: FileSystem,
+    point: PointReader,
+    target: Path,
+    format: HeadFormat,
+    paths: dict[str, Path],
+    lost: dict[str, list[tuple[int, int]]],
+    progress: Progress,
+    *,
+    allow_lost: bool,
+) -> None:
+    """Write all, prove all, and only then give the names."""
+    disks = [state.disk for state in point.state.machine_disks]
     total = sum(disk.size_bytes for disk in disks)
     written: dict[str, Path] = {}
     done = 0
@@ -88,7 +131,6 @@ def restore_point(
             with suppress(StorageError):
                 fs.unlink(temporary)
     progress(total, total)
-    return paths
 
 
 def machine_files(point: PointReader, *, allow_lost: bool = False) -> dict[str, bytes]:

@@ -128,7 +128,60 @@ def test_verify_names_what_damage_costs_and_points_remembers_it(
     listed = {p["point"]: p for p in json.loads(capsys.readouterr().out)}
     assert not listed[2]["restorable"] and victim.name in listed[2]["reason"]
     assert listed[4]["restorable"] and listed[4]["reason"] is None
+    assert run(["points", "web-1", "-c", "receiver.toml"]) == 0
+    assert f"point 2 is not restorable: {listed[2]['reason']}" in capsys.readouterr().out
+    assert run(["status", "-c", "receiver.toml", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)[0]
+    assert shown["not_restorable"] == [{"point": 2, "reason": listed[2]["reason"]}] and not shown["restorable"]
+    assert run(["status", "-c", "receiver.toml"]) == 0
+    assert f"hv-1/web-1: point 2 is not restorable: {listed[2]['reason']}" in capsys.readouterr().out
     assert run(["verify", "web-1", "--rate", "fast", "-c", "receiver.toml"]) == 2
+
+
+def test_verify_of_an_empty_replica_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "receiver.toml").write_text(CONFIG)
+    SmallPrimary({"os": 4096}).enrol(FileSystem(), tmp_path / "replicas").close()
+    assert run(["verify", "web-1", "-c", "receiver.toml"]) == 0
+    assert "web-1 has no point yet: there is nothing to verify" in capsys.readouterr().out
+    assert run(["verify", "web-1", "-c", "receiver.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["point"] == 0
+
+
+@pytest.mark.parametrize("what", ["file", "image"])
+def test_a_point_that_cannot_be_restored_says_why_without_a_verification(
+    audit: Audit, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    (directory,) = (path for path in (audit.root / "replicas").iterdir() if path.is_dir())
+    if what == "file":
+        victim = directory / "points" / str(audit.primary.made[2].delta_id)
+        victim.write_bytes(victim.read_bytes()[:100])
+        words = "an inverse between it and the head is damaged or missing"
+    else:
+        (directory / "head" / f"{audit.primary.ids['os']}.img").unlink()
+        words = "an image that it needs is missing in head/"
+    capsys.readouterr()
+    for command in (["points", "web-1"], ["status"]):
+        assert run([*command, "-c", "receiver.toml"]) == 0
+        assert f"point 1 is not restorable: {words}" in capsys.readouterr().out
+
+
+def test_a_damaged_receipt_of_an_older_point_is_told(audit: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    (directory,) = (path for path in (audit.root / "replicas").iterdir() if path.is_dir())
+    victim = directory / "receipts" / str(audit.primary.made[3].delta_id)
+    victim.write_bytes(victim.read_bytes()[:-9])
+    assert run(["status", "-c", "receiver.toml", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)[0]
+    assert (shown["receipt"], shown["receipts_damaged"], shown["restorable"]) == ("signed", [4], True)
+    assert run(["status", "-c", "receiver.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "receipts damaged" in out and "the receipts of points 4 are damaged" in out
+    assert run(["receipt", "export", "web-1", "--to", "again", "-c", "receiver.toml", "--json"]) == 11
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["files"]) == ["1", "5"] and json.loads(out)["damaged"] == [str(victim.resolve())]
+    assert f"1 receipts of web-1 are damaged and were not written: {victim}" in err
 
 
 def test_exporting_again_replaces_nothing_else(audit: Audit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from replica.cli.app import run
 from replica.durable import FileSystem
-from replica.store import ReplicaStore
+from replica.store import ReplicaReader, ReplicaStore
 from tests.store.small_primary import SmallPrimary
 
 CONFIG = """\
@@ -161,3 +161,14 @@ def test_a_storage_that_cannot_be_read_hides_no_other(site: Site) -> None:
     found, broken = site.json("status")
     assert (found["point"], broken["directory"]) == (5, str(site.config.parent / "loop"))
     assert "loop" in site.run("status")
+
+
+def test_verify_names_points_that_cannot_be_restored_whatever_the_reason(site: Site) -> None:
+    reader = ReplicaReader(FileSystem(), site.store.directory)
+    points = [info.state.point for info in reader.points()]
+    inverse = next(link.path for link in reader._index.chain().links if link.result.point == points[1])
+    inverse.rename(site.config.parent / "away")
+    site.run("verify", "web-1")
+    assert "point 2: not restorable" in site.run("verify", "web-1", "--points", code=11)
+    found = site.json("verify", "web-1", "--points", code=11)
+    assert (found["ok"], found["not_restorable"]) == (False, points[:2])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from replica.durable import FileSystem
-from replica.errors import KeyMissingError
+from replica.errors import KeyMissingError, PointGoneError
+from replica.model import NEVER
 from replica.store import Layout, ReplicaReader
 from replica.store.retention import Policy
 from tests.damage.damage_lab import flip
@@ -50,3 +51,40 @@ def test_an_inverse_that_was_put_back_is_seen(tmp_path: Path) -> None:
     assert {info.state.point for info in reader.points() if info.restorable} == {3} and reader.damaged == [path]
     path.write_bytes(whole)
     assert {info.state.point for info in reader.points() if info.restorable} == {1, 2, 3} and not reader.damaged
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_a_point_whose_inverse_does_not_open_borrows_nothing_from_an_older_one(tmp_path: Path, how: str) -> None:
+    primary = SmallPrimary({"os": 70_000})
+    store = primary.enrol(FS, tmp_path)
+    for _ in range(4):
+        primary.scribble()
+        primary.sync(store)
+    before = {info.state.point: info for info in ReplicaReader(FS, store.directory).points()}
+    path = Layout(store.directory).point(primary.made[2].delta_id)  # leads from point 3 to point 2
+    flip(path, 40) if how == "damaged" else path.unlink()
+    reader = ReplicaReader(FS, store.directory)
+    one, two, *good = reader.points()
+    assert [info.state.point for info in (one, two, *good)] == [1, 2, 3, 4]
+    assert good == [before[3], before[4]]
+    assert (two.restorable, two.stored_bytes, two.committed) == (False, 0, NEVER)
+    assert (one.restorable, one.stored_bytes, one.committed) == (False, before[1].stored_bytes, before[1].committed)
+    for info in (one, two):
+        assert "damaged or missing" in info.reason
+        with pytest.raises(PointGoneError, match="cannot be restored: an inverse between it and the head") as caught:
+            reader.open_point(info.state.point)
+        assert (path.name in caught.value.message) is (how == "damaged")
+
+
+def test_a_point_that_nothing_names_any_more_is_not_just_unknown(tmp_path: Path) -> None:
+    primary = SmallPrimary({"os": 70_000})
+    store = primary.enrol(FS, tmp_path)
+    for _ in range(3):
+        primary.scribble()
+        primary.sync(store)
+    store.rotate(Policy(keep_last=24, hourly=0))  # what led back to before point 1 goes
+    path = Layout(store.directory).point(primary.made[1].delta_id)  # so no other file names point 1
+    flip(path, 40)
+    with pytest.raises(PointGoneError, match="has no point 1.*2 to 3") as caught:
+        ReplicaReader(FS, store.directory).open_point(1)
+    assert path.name in caught.value.hint

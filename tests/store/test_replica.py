@@ -112,6 +112,27 @@ def test_restore_writes_images_and_refuses_to_overwrite(fs: FileSystem, tmp_path
     assert fs.list_names(tmp_path / "out") == ["data.raw", "os.raw"]
 
 
+def test_what_a_killed_restore_left_goes_with_the_next(fs: FileSystem, tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(fs, tmp_path / "s")
+    primary.scribble()
+    primary.sync(store)
+    left = [f".{primary.ids['os']}.0123abcd.partial", ".files.0123abcd.partial"]
+    others = [".notes.partial", ".files.partial", f"{primary.ids['os']}.0123abcd.partial", "mine.raw"]
+    out = tmp_path / "out"
+    (out / left[1] / "etc").mkdir(parents=True)
+    for name in (left[0], f"{left[1]}/etc/web-1.xml", *others):
+        (out / name).write_text("x")
+    with ReplicaReader(fs, store.directory).open_point(1) as point:
+        with fs.lock_directory(out, shared=True):  # as another restore has it while it writes
+            restore_point(fs, point, out, "vhd")
+        assert fs.list_names(out) == sorted([*left, *others, "data.vhd", "os.vhd"])
+        restore_point(fs, point, out, "raw")
+        assert fs.list_names(out) == sorted([*others, "data.vhd", "os.vhd", "data.raw", "os.raw"])
+        with pytest.raises(TargetExistsError, match="is no directory"):
+            restore_point(fs, point, out / "mine.raw", "raw")
+
+
 def test_a_delta_on_another_base_or_epoch_is_refused(fs: FileSystem, tmp_path: Path) -> None:
     primary = SmallPrimary(SIZES)
     store = primary.enrol(fs, tmp_path)
