@@ -59,8 +59,9 @@ def restore(
     reader = find_replica(fs, load_receiver(config), machine)
     form: HeadFormat = "vhd" if (image_format or reader.identity.head_format) == "vhd" else "raw"
     with reader.open_point(point) as opened, bars(as_json) as bar:
-        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), allow_lost=allow_lost)
-        lost = {disk.name: ranges for disk in opened.disks if (ranges := opened.lost(disk.id))}
+        lost: dict[str, list[tuple[int, int]]] = {}
+        gone = lost if allow_lost else None
+        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), missing=gone)
         there = machine_files(opened, allow_lost=allow_lost)
         left_out = opened.state.files is not None and not there
         written = [str(target / "files" / path) for path in there]

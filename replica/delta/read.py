@@ -33,7 +33,7 @@ from replica.delta.cache import Cache
 from replica.delta.change import DiskChange
 from replica.delta.extents import DATA, Rows, as_bytes
 from replica.delta.owners import BROKEN, GONE, NOBODY, REGION_GRAINS, Runs, Sizes, merge
-from replica.delta.ranges import intersection, union
+from replica.delta.ranges import Range, intersection, union
 from replica.delta.segment import Table
 from replica.errors import BaseMismatchError, DamageError, LostError
 from replica.model import Disk, DiskId, State
@@ -155,10 +155,11 @@ class ChainReader:
         """Number of layers."""
         return len(self._layers)
 
-    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, lost_as_zeros: bool = False) -> None:
-        """Fill `buffer` from the disk as it was. ValueError outside of it; DamageError, StorageError from a layer.
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, missing: list[Range] | None = None) -> None:
+        """Fill `buffer` from the disk as it was. ValueError outside of it; StorageError from a layer.
 
-        LostError if a range of it is lost, unless that is asked for as zeros. Each chunk is opened once.
+        LostError if a range of it is lost, DamageError if one is in damage; with `missing` such ranges are zeros, and
+        are added to it, half-open and in no order. Each chunk is opened once.
         """
         target = as_bytes(buffer)
         disk = self._disk(disk_id, offset, offset + len(target))
@@ -166,33 +167,39 @@ class ChainReader:
             layers = self._layers
             target[:] = 0
             asked_head = False
-            runs = self._resolve(layers, disk, offset, offset + len(target))
+            gone: list[Range] | None = None if missing is None else []
+            runs = self._resolve(layers, disk, offset, offset + len(target), broken=gone is not None)
             for run in sorted(runs, key=_by_chunk):
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
                     asked_head = True
                     try:
-                        self._ask_head(disk_id, run.start, part, lost_as_zeros=lost_as_zeros)
+                        self._ask_head(disk_id, run.start, part, gone)
                     except LostError:
                         if not self.grew(len(layers)):
                             raise
                         break  # what is being rewritten there is in an inverse by now
-                elif run.layer != GONE:
-                    self._copy(layers[run.layer], run, part)
-                elif not lost_as_zeros:
+                elif run.layer not in (GONE, BROKEN):
+                    self._copy(layers[run.layer], run, part, gone)
+                elif gone is None:
                     raise self._lost(disk, run)
+                else:
+                    gone.append((run.start, run.stop))
             if not asked_head or not self.grew(len(layers)):
+                if missing is not None:
+                    missing += gone or ()
                 return
 
-    def _ask_head(self, disk_id: DiskId, start: int, part: memoryview, *, lost_as_zeros: bool) -> None:
+    def _ask_head(self, disk_id: DiskId, start: int, part: memoryview, gone: list[Range] | None) -> None:
         """Read the head, which names its first lost range by a LostError, around what is lost."""
         while part:
             try:
                 self._below(disk_id, start, part)
             except LostError as lost:
-                if not lost_as_zeros:
+                if gone is None:
                     raise
-                before, after = max(0, lost.offset - start), lost.offset + lost.length - start
+                before, after = max(0, lost.offset - start), min(lost.offset + lost.length - start, len(part))
+                gone.append((start + before, start + after))
             else:
                 return
             if before:
@@ -217,7 +224,7 @@ class ChainReader:
         """Who has the bytes [start, stop), ascending; what no run covers is zero. ValueError outside of the disk."""
         disk = self._disk(disk_id, start, stop)
         for begin in range(start, stop, SCAN_BYTES):
-            yield from self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop))
+            yield from self._resolve(self._layers, disk, begin, min(begin + SCAN_BYTES, stop), broken=True)
 
     def allocated(self, disk_id: DiskId, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges of bytes that may be anything but zero, ascending. ValueError outside of the disk.
@@ -231,7 +238,7 @@ class ChainReader:
             of_head = list(self._head_ranges(disk_id, begin, end))
             self.grew(self.depth)
             layers = self._layers
-            runs = self._resolve(layers, disk, begin, end)
+            runs = self._resolve(layers, disk, begin, end, broken=True)
             answered = ((run.start, run.stop) for run in runs if run.layer < len(layers))
             passed = ((run.start, run.stop) for run in runs if run.layer == len(layers))
             yield from union(answered, intersection(passed, of_head))
@@ -249,8 +256,11 @@ class ChainReader:
                 self._append(self._newer())
             return len(self._layers) > depth
 
-    def _resolve(self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int) -> list[Run]:
-        """Runs that cover all of [start, stop) that is not zero, ascending. DamageError if a segment does not open."""
+    def _resolve(
+        self, layers: tuple[Layer, ...], disk: Disk, start: int, stop: int, *, broken: bool = False
+    ) -> list[Run]:
+        """Runs that cover all of [start, stop) that is not zero, ascending. DamageError if a segment does not open,
+        unless `broken` runs are asked for, too."""
         found: list[Run] = []
         grain = disk.grain_bytes
         head_stop = min(stop, _size_of(layers[-1].base if layers else self.state, disk.id))
@@ -263,7 +273,7 @@ class ChainReader:
                 begin, end = max(start, first * grain), min(stop, last * grain)
                 if layer == len(layers):
                     end = min(end, head_stop)
-                if layer == BROKEN and begin < end:
+                if layer == BROKEN and begin < end and not broken:
                     raise errors[number]
                 if layer != NOBODY and begin < end:
                     found.append(Run(begin, end, layer, number, place * grain + begin - first * grain))
@@ -312,17 +322,22 @@ class ChainReader:
             self._cache.put(key, opened, opened.cost)
         return opened
 
-    def _copy(self, layer: Layer, run: Run, target: memoryview) -> None:
-        """Payload bytes of a run, chunk by chunk."""
+    def _copy(self, layer: Layer, run: Run, target: memoryview, gone: list[Range] | None) -> None:
+        """Payload bytes of a run, chunk by chunk. With `gone`, a damaged chunk is zeros, and its part added there."""
         table = self._open(run.layer, layer, run.number).table
         starts = table.raw_starts
         index = int(np.searchsorted(starts, run.payload_offset, "right")) - 1
         done = 0
         while done < len(target):
             skip = run.payload_offset + done - int(starts[index])
-            part = self._chunk(run.layer, layer, table, index)[skip : skip + len(target) - done]
-            target[done : done + len(part)] = part
-            done += len(part)
+            length = min(int(starts[index + 1] - starts[index]) - skip, len(target) - done)
+            try:
+                target[done : done + length] = self._chunk(run.layer, layer, table, index)[skip : skip + length]
+            except DamageError:
+                if gone is None:
+                    raise
+                gone.append((run.start + done, run.start + done + length))
+            done += length
             index += 1
 
     def _chunk(self, layer_index: int, layer: Layer, table: Table, index: int) -> memoryview:

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from replica.delta import ChainReader, Keyring
-from replica.delta.ranges import union
+from replica.delta.ranges import Range, union
 from replica.delta.read import ALLOCATED_BYTES
 from replica.durable import File, FileSystem
 from replica.errors import DamageError, LostError, PointGoneError, StorageError
@@ -338,16 +338,17 @@ class PointReader:
         """How many inverses lie between the point and the head, as far as this reader has seen."""
         return self._chain.depth
 
-    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, lost_as_zeros: bool = False) -> None:
+    def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer, *, missing: list[Range] | None = None) -> None:
         """Fill `buffer` from the disk as it was at this point. Thread-safe.
 
-        Raises LostError (a range of it is lost, and not asked for as zeros), DamageError (an inverse is damaged),
-        StorageError, ValueError (outside the disk).
+        Raises LostError (a range of it is lost), DamageError (an inverse is damaged), StorageError, ValueError
+        (outside the disk). With `missing`, what is lost or damaged becomes zeros, and its ranges are added there.
         """
         while True:
             chain, undone = self._chain, self._undone
+            found: list[Range] | None = None if missing is None else []
             try:
-                chain.read_into(disk_id, offset, buffer, lost_as_zeros=lost_as_zeros)
+                chain.read_into(disk_id, offset, buffer, missing=found)
             except MovedError:
                 self._connect_again(chain)
                 continue
@@ -356,6 +357,8 @@ class PointReader:
                     raise
                 continue
             if undone == self._undone:
+                if missing is not None:
+                    missing += found or ()
                 return
 
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:

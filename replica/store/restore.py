@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from replica import _native
+from replica.delta.ranges import Range, union
 from replica.durable import FileSystem
 from replica.errors import BusyError, DamageError, LostError, StorageError, TargetExistsError
 from replica.images.flat import EXTENSIONS, FlatImage
@@ -47,16 +48,16 @@ def restore_point(
     format: HeadFormat,
     progress: Progress = silent,
     *,
-    allow_lost: bool = False,
+    missing: dict[str, list[Range]] | None = None,
 ) -> dict[str, Path]:
     """Write every disk of the point to `<target>/<disk>.raw` or `.vhd`; returns disk name -> path.
 
     The machine's files, if the point has any, go to `<target>/files/`, each under its path at the primary.
 
-    Raises TargetExistsError (nothing is written), LostError (ranges of a disk
-    are lost; with `allow_lost` they become zeros, that disk is not held against
-    its root, and files that are damaged are left out), DamageError (the point's bytes are not what they were),
-    StorageError, StorageFullError.
+    Raises TargetExistsError (nothing is written), LostError (ranges of a disk are lost), DamageError (the point's
+    bytes are not what they were), StorageError, StorageFullError. With `missing`, what is lost or damaged does not
+    keep the rest: such ranges become zeros and are named there, by disk, half-open; such a disk is not held against
+    its root, and machine files that are damaged are left out.
     """
     disks = [state.disk for state in point.state.machine_disks]
     paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
@@ -65,13 +66,12 @@ def restore_point(
     for path in paths.values():
         if os.path.lexists(path):
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
-    lost = {disk.name: point.lost(disk.id) for disk in point.disks}
-    if not allow_lost:
-        _refuse_lost(point, lost)
+    if missing is None:
+        _refuse_lost(point)
     fs.make_directory(target)
     with ExitStack() as stack:
         _hold(fs, target, stack)
-        _write(fs, point, target, format, paths, lost, progress, allow_lost=allow_lost)
+        _write(fs, point, target, format, paths, missing, progress)
     return paths
 
 
@@ -98,26 +98,28 @@ def _write(
     target: Path,
     format: HeadFormat,
     paths: dict[str, Path],
-    lost: dict[str, list[tuple[int, int]]],
+    missing: dict[str, list[Range]] | None,
     progress: Progress,
-    *,
-    allow_lost: bool,
 ) -> None:
     """Write all, prove all, and only then give the names."""
     disks = [state.disk for state in point.state.machine_disks]
     total = sum(disk.size_bytes for disk in disks)
     written: dict[str, Path] = {}
     done = 0
-    files = prepare_files(fs, machine_files(point, allow_lost=allow_lost), target)
+    files = prepare_files(fs, machine_files(point, allow_lost=missing is not None), target)
     try:
         for disk in disks:
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
-                _write_disk(fs, point, disk, temporary, format, lost[disk.name], _from(progress, done, total))
+                gone: list[Range] | None = None if missing is None else []
+                _write_disk(fs, point, disk, temporary, format, gone, _from(progress, done, total))
+                if missing is not None and gone:
+                    missing[disk.name] = list(union(sorted(gone)))
             except DamageError as error:
                 raise DamageError(
                     f"disk {disk.name!r} of point {point.state.point} cannot be restored: {error.message}",
-                    hint="what was written is removed again; restore a newer point, which may not need what is damaged",
+                    hint="what was written is removed; restore a newer point, which may not need what is damaged, "
+                    "or all the rest of this one with --allow-lost",
                 ) from error
             done += disk.size_bytes
         publish_files(fs, files)
@@ -144,10 +146,11 @@ def machine_files(point: PointReader, *, allow_lost: bool = False) -> dict[str, 
         return {}
 
 
-def _refuse_lost(point: PointReader, lost: dict[str, list[tuple[int, int]]]) -> None:
-    """LostError if there is anything in `lost`, naming the first ranges."""
-    for name, ranges in lost.items():
-        if ranges:
+def _refuse_lost(point: PointReader) -> None:
+    """LostError if a disk has lost ranges, naming the first ones."""
+    for disk in point.disks:
+        name = disk.name
+        if ranges := point.lost(disk.id):
             named = ", ".join(f"{start} to {stop}" for start, stop in ranges[:NAMED_RANGES])
             more = f" and {len(ranges) - NAMED_RANGES} more ranges" if len(ranges) > NAMED_RANGES else ""
             raise LostError(
@@ -169,7 +172,7 @@ def _write_disk(
     disk: Disk,
     path: Path,
     format: HeadFormat,
-    lost: list[tuple[int, int]],
+    missing: list[Range] | None,
     progress: Progress,
 ) -> None:
     tree = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
@@ -182,7 +185,7 @@ def _write_disk(
             end = min(-(-stop // disk.leaf_bytes) * disk.leaf_bytes, disk.size_bytes)
             for offset in range(begin, end, step):
                 window = memory[: min(step, end - offset)]
-                point.read_into(disk.id, offset, window.data, lost_as_zeros=bool(lost))
+                point.read_into(disk.id, offset, window.data, missing=missing)
                 tree.put(
                     offset // disk.leaf_bytes, leaf_digests(window.data, offset // disk.leaf_bytes, disk.leaf_bytes)
                 )
@@ -191,7 +194,7 @@ def _write_disk(
             reached = max(reached, end)
         expected = point.state.disk(disk.id)
         assert expected is not None
-        if not lost and tree.root(disk.size_bytes) != expected.root:
+        if not missing and tree.root(disk.size_bytes) != expected.root:
             raise DamageError("what was read does not have the Merkle root that the point was committed with")
         image.sync()
 

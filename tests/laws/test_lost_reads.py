@@ -89,7 +89,7 @@ def test_what_is_lost_is_named_and_the_rest_reads(
     disk_id, size = DiskId(UUID(int=1)), len(model) * GRAIN
     expected = b"".join(bytes([value or 0]) * GRAIN for value in model)
     whole = bytearray(b"\xee" * size)
-    reader.read_into(disk_id, 0, whole, lost_as_zeros=True)
+    reader.read_into(disk_id, 0, whole, missing=[])
     assert whole == expected
     lost = [grain for low, high in reader.lost(disk_id, 0, size) for grain in range(low // GRAIN, high // GRAIN)]
     assert lost == [grain for grain, value in enumerate(model) if value is None]
