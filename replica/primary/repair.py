@@ -1,7 +1,7 @@
 """Repair of the replica's head: what the source holds in leaves that rotted there, sent again.
 
 The receiver names leaves of its head that are damaged. What the source has in them
-now is sent, a few MiB at most at a time and nothing else; the receiver takes it only
+now is sent, a MiB at a time and nothing else, until it names no more; the receiver takes it only
 if the committed Merkle root proves that it is what they had held, or what lacks of it
 (`store.repair`). So nothing has to be frozen or known here: content that changed
 meanwhile, even while it was read, is just not taken.
@@ -12,7 +12,9 @@ those leaves (`grains`), so that the new state is right whatever becomes of the 
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -42,14 +44,22 @@ class Repair:
         self.bytes_sent = 0
 
     def run(self, record: MachineRecord, damaged: tuple[DamagedLeaves, ...]) -> None:
-        """Send what the source has in `damaged`. Raises what the receiver raises."""
+        """Send what the source has in `damaged`, and in what the receiver names after it: it names so many at a time.
+
+        Raises what the receiver raises.
+        """
         self.left = []
         disks = {disk.id: disk for disk in record.disks}
-        for leaves in damaged:
-            disk = disks.get(leaves.disk_id)
-            if disk is None or leaves.first >= disk.count_leaves:
-                continue  # removed or cut: the next delta says so
-            self._repair(record, disk, leaves)
+        asked = _leaves(damaged, disks)  # what was removed or cut is not there: the next delta says so
+        total_bytes = sum(disk.size_bytes for disk in record.disks)
+        while asked and self.bytes_sent <= 2 * total_bytes:  # a receiver that names them for ever is not believed
+            for leaves in _runs(asked):
+                self._repair(record, disks[leaves.disk_id], leaves)
+            left = _leaves(self.left, disks)
+            if asked <= left:
+                break
+            info = self._patience.call(partial(self._receiver.replica, record.replica_id))
+            asked = _leaves(info.damaged, disks) - left
         if damaged:
             changed = sum(d.stop - d.first for d in self.left)
             outcome = f"{changed} of them have changed since" if changed else "all of them are repaired"
@@ -91,6 +101,24 @@ class Repair:
             )
             return None
         return buffer.tobytes()
+
+
+def _leaves(damaged: Iterable[DamagedLeaves], disks: Mapping[DiskId, Disk]) -> set[tuple[DiskId, int]]:
+    """Each of them, of the disks that there are: a receiver names a few thousand at a time."""
+    return {
+        (leaves.disk_id, number)
+        for leaves in damaged
+        if leaves.disk_id in disks
+        for number in range(leaves.first, min(leaves.stop, disks[leaves.disk_id].count_leaves))
+    }
+
+
+def _runs(leaves: Iterable[tuple[DiskId, int]]) -> Iterator[DamagedLeaves]:
+    """Ascending, with neighbours in one."""
+    ordered = sorted(leaves, key=lambda leaf: (leaf[0].bytes, leaf[1]))
+    for _, run in itertools.groupby(enumerate(ordered), lambda item: (item[1][0], item[1][1] - item[0])):
+        found = [leaf for _, leaf in run]
+        yield DamagedLeaves(found[0][0], found[0][1], found[-1][1] + 1)
 
 
 def mark_dirty(window: Window, disk: Disk, leaves: list[DamagedLeaves]) -> None:

@@ -246,3 +246,22 @@ def test_a_link_that_breaks_in_a_repair_is_tried_again(lab: DamageLab) -> None:
     lab.sync(link)
     assert link.calls.count("repair") == 2
     assert verify(lab) == 0
+
+
+def test_an_image_that_is_gone_is_sent_again_in_one_cycle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many leaves are named at a time, and but for those that the source has no more."""
+    monkeypatch.setattr("replica.store.replica.MAX_LEAVES", 7)
+    lab = DamageLab(tmp_path, sizes={"os": 60 * LEAF + 100, "data": LEAF})
+    lab.scribble("os", 0, 60 * LEAF)
+    lab.point()
+    lab.site.close()
+    lab.image_of("os").unlink()
+    lab.site = lab.open_site()
+    lab.scribble("os", 30 * LEAF, 100)
+    link = lab.link()
+    lab.point(link)
+    assert link.bytes_sent < 70 * LEAF
+    listed = lab.check_listed()
+    assert listed[max(listed)]
+    assert not lab.reader().marks.leaves
+    lab.site.close()
