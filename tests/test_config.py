@@ -251,7 +251,7 @@ def test_retention_and_space(tmp_path: Path) -> None:
 
 
 def test_replicas_per_identity(tmp_path: Path) -> None:
-    assert load_receiver(write(tmp_path, "receiver.toml", RECEIVER)).allow[0].max_replicas == 256
+    assert load_receiver(write(tmp_path, "receiver.toml", RECEIVER)).allow[0].max_replicas == 1024
     text = RECEIVER.replace('storage = "tier1"', 'storage = "tier1"\nmax_replicas = 3')
     assert load_receiver(write(tmp_path, "receiver.toml", text)).allow[0].max_replicas == 3
     assert "max_replicas" in str(receiver_error(tmp_path, text.replace("= 3", "= 0")))

@@ -14,7 +14,7 @@ from replica.transport.tls import TlsFiles
 
 MAX_POINTS_PER_HOUR = 3600
 """Points that a replica takes per hour, on average: one a second. Each costs a file, and time at every look."""
-MAX_REPLICAS = 256
+MAX_REPLICAS = 1024
 """Replicas of one identity. Each holds a descriptor and some memory for as long as the receiver runs."""
 
 
