@@ -9,7 +9,7 @@ import click
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
 from replica.cli.output import duration, print_json, size
-from replica.cli.sync import chosen, entry_of, stopping
+from replica.cli.sync import chosen, entry_of, stopping, warn
 from replica.errors import BusyError
 
 
@@ -47,11 +47,12 @@ def resync(machine: str, config: Path, as_json: bool) -> int:
     result = outcome.result
     if result is None:
         raise BusyError("the resync was stopped by a signal", hint="run it again to go on")
+    warn(result)
     if as_json:
         print_json(entry_of(outcome))
         return 0
     click.echo(
-        f"{machine}: {size(result.bytes_scanned)} read, leaves with {size(result.bytes_differing or 0)} differed; "
+        f"{machine}: {size(result.bytes_scanned)} read, {size(result.bytes_differing or 0)} differed from the replica; "
         f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}; "
         f"point {result.point}"
     )

@@ -80,6 +80,8 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
             complain(outcome.error, outcome.machine)
         elif outcome.result is not None and not as_json:
             click.echo(_line(outcome.result))
+        if outcome.result is not None:
+            warn(outcome.result)
     if stop.number:
         click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
         return 128 + stop.number
@@ -95,10 +97,17 @@ def chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
     return machines
 
 
+def warn(result: SyncResult) -> None:
+    """What somebody should know of the point, on standard error."""
+    for notice in result.notices:
+        click.echo(f"replica: WARNING: {result.machine}: point {result.point}: {notice}", err=True)
+
+
 def _line(result: SyncResult) -> str:
+    repaired = f"; {size(result.bytes_repaired)} of the replica's head repaired" if result.bytes_repaired else ""
     return (
         f"{result.machine}: point {result.point} frozen at {rfc3339(result.frozen_at_ns)}; "
-        f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}"
+        f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}{repaired}"
     )
 
 
@@ -122,6 +131,8 @@ def entry_of(outcome: Outcome) -> dict[str, object]:
         "mode": str(result.mode),
         "parts": result.parts,
         "bytes_differing": result.bytes_differing,
+        "bytes_repaired": result.bytes_repaired,
+        "notices": list(result.notices),
     }
 
 
