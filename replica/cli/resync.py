@@ -8,8 +8,8 @@ import click
 
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import duration, print_json, size
-from replica.cli.sync import chosen, entry_of, stopping, warn
+from replica.cli.output import duration, print_json, size, warn_of_open_keys
+from replica.cli.sync import chosen, entry_of, keys_of, stopping, warn
 from replica.errors import BusyError
 
 
@@ -37,6 +37,7 @@ def resync(machine: str, config: Path, as_json: bool) -> int:
     spec = load_sender(config)
     machines = chosen(spec, machine)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     with stopping() as stop, bars(as_json) as bar:
         (outcome,) = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop, rebuild=True)
     if stop.number:

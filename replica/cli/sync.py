@@ -13,7 +13,7 @@ import click
 
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import complain, duration, error_fields, print_json, size
+from replica.cli.output import complain, duration, error_fields, print_json, size, warn_of_open_keys
 from replica.errors import BusyError, UnknownMachineError
 from replica.model import rfc3339
 
@@ -71,6 +71,7 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
     spec = load_sender(config)
     machines = chosen(spec, machine)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     with stopping() as stop, bars(as_json) as bar:
         outcomes = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop)
     if as_json:
@@ -95,6 +96,11 @@ def chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
         names = ", ".join(m.name for m in spec.machines)
         raise UnknownMachineError(f"no machine {name!r} in the configuration", hint=f"there is {names}")
     return machines
+
+
+def keys_of(spec: SenderSpec) -> list[Path]:
+    """The files with private keys that a sender uses."""
+    return [spec.tls.key, *sorted(spec.keys.glob("*/*.key"))]
 
 
 def warn(result: SyncResult) -> None:
@@ -155,6 +161,7 @@ def run(config: Path) -> None:
 
     spec = load_sender(config)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     log_to_stderr()
     with stopping() as stop:
         run_schedule(spec, stop)
