@@ -12,6 +12,7 @@ Units are in the names: `size_bytes`, `count_grains`, `frozen_at_ns`
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
@@ -224,6 +225,20 @@ class State(Frozen, frozen=True, omit_defaults=True):
     def machine_disks(self) -> tuple[DiskState, ...]:
         """The machine's disks: all but the one that holds its configuration files."""
         return tuple(d for d in self.disks if d.disk.id != self.files)
+
+    def lacking(self, disks: Iterable[Disk]) -> tuple[str, ...]:
+        """What of this state a later one with these disks has no more, in words: disks, and the ends of disks."""
+        later = {disk.id: disk for disk in disks}
+        found = []
+        for before in (entry.disk for entry in self.disks):
+            now = later.get(before.id)
+            if now is None:
+                what = "the machine's files are" if before.id == self.files else f"disk {before.name!r} is"
+                found.append(f"{what} not in it any more; older points keep what they have")
+            elif now.size_bytes < before.size_bytes:
+                sizes = f"from {before.size_bytes} to {now.size_bytes} bytes"
+                found.append(f"disk {now.name!r} shrank {sizes}; older points keep theirs")
+        return tuple(found)
 
 
 class Stamp(Frozen, frozen=True, omit_defaults=True):

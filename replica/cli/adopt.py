@@ -29,7 +29,8 @@ def adopt(machine: str, disks: tuple[str, ...], config: Path, as_json: bool) -> 
     An old copy, a restored backup: the replica must be enrolled (`replica
     enrol` at the primary) and still be empty, and `serve` must not run. The
     images are copied, and stay as they are. The next sync ships only what
-    differs from them, and makes point 1.
+    differs from them, and makes point 1. Give all disks at once: those that
+    are not given are copied whole, since a second adopt is refused.
 
     \b
     Example:
@@ -59,3 +60,4 @@ def adopt(machine: str, disks: tuple[str, ...], config: Path, as_json: bool) -> 
     for name, size_bytes in sizes.items():
         click.echo(f"{name}: {size(size_bytes)} adopted")
     click.echo(f"the next sync of {machine} ships what differs, and makes its first point")
+    click.echo(f"disks of {machine} that are not among these are copied whole by it")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import msgspec
@@ -58,6 +60,16 @@ def complain(error: ReplicaError, about: str = "") -> None:
     text = " ".join(str(error).split())
     prefix = f"{about}: " if about and not error.message.startswith(about) else ""
     click.echo(f"replica: {prefix}{text}", err=True)
+
+
+def warn_of_open_keys(paths: Iterable[Path]) -> None:
+    """One line on standard error for each private key that any user of this host may read or write."""
+    for path in paths:
+        with suppress(OSError):
+            if path.stat().st_mode & 0o007:
+                click.echo(
+                    f"replica: WARNING: the key {path} is open to every user of this host; chmod 600 it", err=True
+                )
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

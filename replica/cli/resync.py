@@ -8,8 +8,8 @@ import click
 
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import duration, print_json, size
-from replica.cli.sync import chosen, entry_of, stopping
+from replica.cli.output import duration, print_json, size, warn_of_open_keys
+from replica.cli.sync import chosen, entry_of, keys_of, stopping, warn
 from replica.errors import BusyError
 
 
@@ -37,6 +37,7 @@ def resync(machine: str, config: Path, as_json: bool) -> int:
     spec = load_sender(config)
     machines = chosen(spec, machine)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     with stopping() as stop, bars(as_json) as bar:
         (outcome,) = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop, rebuild=True)
     if stop.number:
@@ -49,11 +50,12 @@ def resync(machine: str, config: Path, as_json: bool) -> int:
     result = outcome.result
     if result is None:
         raise BusyError("the resync was stopped by a signal", hint="run it again to go on")
+    warn(result)
     if as_json:
         print_json(entry_of(outcome))
         return 0
     click.echo(
-        f"{machine}: {size(result.bytes_scanned)} read, leaves with {size(result.bytes_differing or 0)} differed; "
+        f"{machine}: {size(result.bytes_scanned)} read, {size(result.bytes_differing or 0)} differed from the replica; "
         f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}; "
         f"point {result.point}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from replica.cli.command import Command, config_option
+from replica.cli.output import warn_of_open_keys
 
 
 @click.command(cls=Command)
@@ -26,5 +27,8 @@ def serve(config: Path) -> None:
     from replica.receiver.server import serve as serve_site
 
     spec = load_receiver(config)
+    paths = [storage.path for storage in spec.storages.values()]
+    receipt_keys = [spec.receipt_key] if spec.receipt_key else [path / "receipt.key" for path in paths]
+    warn_of_open_keys([spec.tls.key, *receipt_keys, *(key for path in paths for key in path.glob("*/keys/*.key"))])
     log_to_stderr()
     serve_site(spec)

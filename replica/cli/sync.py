@@ -13,7 +13,7 @@ import click
 
 from replica.cli.bars import bars
 from replica.cli.command import Command, config_option, json_option
-from replica.cli.output import complain, duration, error_fields, print_json, size
+from replica.cli.output import complain, duration, error_fields, print_json, size, warn_of_open_keys
 from replica.errors import BusyError, UnknownMachineError
 from replica.model import rfc3339
 
@@ -71,6 +71,7 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
     spec = load_sender(config)
     machines = chosen(spec, machine)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     with stopping() as stop, bars(as_json) as bar:
         outcomes = sync_machines(FileSystem(), spec, machines, progress=bar, stop=stop)
     if as_json:
@@ -80,6 +81,8 @@ def sync(machine: str | None, config: Path, as_json: bool) -> int:
             complain(outcome.error, outcome.machine)
         elif outcome.result is not None and not as_json:
             click.echo(_line(outcome.result))
+        if outcome.result is not None:
+            warn(outcome.result)
     if stop.number:
         click.echo("replica: interrupted; nothing is lost, run it again to go on", err=True)
         return 128 + stop.number
@@ -95,10 +98,22 @@ def chosen(spec: SenderSpec, name: str | None) -> tuple[MachineSpec, ...]:
     return machines
 
 
+def keys_of(spec: SenderSpec) -> list[Path]:
+    """The files with private keys that a sender uses."""
+    return [spec.tls.key, *sorted(spec.keys.glob("*/*.key"))]
+
+
+def warn(result: SyncResult) -> None:
+    """What somebody should know of the point, on standard error."""
+    for notice in result.notices:
+        click.echo(f"replica: WARNING: {result.machine}: point {result.point}: {notice}", err=True)
+
+
 def _line(result: SyncResult) -> str:
+    repaired = f"; {size(result.bytes_repaired)} of the replica's head repaired" if result.bytes_repaired else ""
     return (
         f"{result.machine}: point {result.point} frozen at {rfc3339(result.frozen_at_ns)}; "
-        f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}"
+        f"{size(result.bytes_changed)} changed, {size(result.bytes_wire)} sent, {duration(result.seconds)}{repaired}"
     )
 
 
@@ -122,6 +137,8 @@ def entry_of(outcome: Outcome) -> dict[str, object]:
         "mode": str(result.mode),
         "parts": result.parts,
         "bytes_differing": result.bytes_differing,
+        "bytes_repaired": result.bytes_repaired,
+        "notices": list(result.notices),
     }
 
 
@@ -144,6 +161,7 @@ def run(config: Path) -> None:
 
     spec = load_sender(config)
     client_context(spec.tls)
+    warn_of_open_keys(keys_of(spec))
     log_to_stderr()
     with stopping() as stop:
         run_schedule(spec, stop)

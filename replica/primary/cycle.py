@@ -88,6 +88,8 @@ class SyncResult(Frozen, frozen=True):
     zeroed ones included (in a first copy: those that have content; in a resync: those that differ from the
     replica's head); `bytes_wire` are HTTP bytes sent, before TLS. `roots`: disk name -> Merkle root in hex. `parts`
     went before the point (see `series`). `bytes_differing`: in a resync, the leaves that differed from the head.
+    `bytes_repaired`: of leaves of the head that had rotted and were repaired from the source. `notices`: what somebody
+    should know of this point, in words: disks that it has no more, and damage that was met.
     """
 
     machine: str
@@ -103,6 +105,8 @@ class SyncResult(Frozen, frozen=True):
     roots: dict[str, str]
     parts: int = 0
     bytes_differing: int | None = None
+    bytes_repaired: int = 0
+    notices: tuple[str, ...] = ()
 
 
 def sync_machine(
@@ -153,6 +157,8 @@ class _Cycle:
         self.notes: tuple[str, ...] = ()
         self.resynced: int | None = None
         """Bytes of leaves that a resync found to differ; None as long as there was none."""
+        self.lacking: tuple[str, ...] | None = None
+        """What the head had when this began, and the point will not have."""
         self.cover = False
         """Nothing can be known of the head: everything is shipped."""
 
@@ -162,6 +168,8 @@ class _Cycle:
         compared = repaired = 0
         while True:
             record, ship = self._agree(record, info, wanted)
+            if self.lacking is None:
+                self.lacking = ship.base.lacking(record.disks)
             if distrust and ship.mode is Mode.INCREMENTAL:
                 record = self._distrust(record)
             self.repair.run(record, info.damaged)
@@ -378,7 +386,14 @@ class _Cycle:
             roots=point.roots,
             parts=series.tally.parts,
             bytes_differing=self.resynced,
+            bytes_repaired=self.repair.bytes_repaired,
+            notices=self._notices(),
         )
+
+    def _notices(self) -> tuple[str, ...]:
+        left = sum(leaves.stop - leaves.first for leaves in self.repair.left)
+        rotted = f"{left} leaves of the head rotted and have changed at the source since: older points may lack them"
+        return (*(self.lacking or ()), *((rotted,) if left else ()))
 
 
 def _comparable(disk: Disk, base: State, found: Mapping[DiskId, Rebuilt]) -> bool:

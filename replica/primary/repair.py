@@ -42,6 +42,8 @@ class Repair:
         self.left: list[DamagedLeaves] = []
         """What the source has not as it was; all of it goes into the next delta."""
         self.bytes_sent = 0
+        self.bytes_repaired = 0
+        """What the receiver took of it: those leaves of the head are good again."""
 
     def run(self, record: MachineRecord, damaged: tuple[DamagedLeaves, ...]) -> None:
         """Send what the source has in `damaged`, and in what the receiver names after it: it names so many at a time.
@@ -76,8 +78,10 @@ class Repair:
             if content is None:
                 self.left.append(DamagedLeaves(disk.id, first, last))
                 continue
-            self.left += self._patience.call(partial(self._send, record, disk.id, first, content))
+            left = self._patience.call(partial(self._send, record, disk.id, first, content))
+            self.left += left
             self.bytes_sent += len(content)
+            self.bytes_repaired += max(0, len(content) - sum(d.stop - d.first for d in left) * disk.leaf_bytes)
 
     def _send(self, record: MachineRecord, disk_id: DiskId, first: int, content: bytes) -> tuple[DamagedLeaves, ...]:
         digest = digest_of(content)

@@ -214,6 +214,8 @@ def _report(machine: MachineSpec, outcome: Outcome) -> None:
             result.bytes_wire,
             result.seconds,
         )
+        for notice in result.notices:
+            _log.warning("machine %r: point %d: %s", machine.name, result.point, notice)
     elif error is not None:
         _log.error("machine %r: %s", machine.name, error)
     else:

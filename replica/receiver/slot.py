@@ -29,7 +29,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 from replica.errors import BusyError, ReplicaError, StorageFullError
-from replica.model import NIL, DamagedLeaves, DeltaId, DiskId, Epoch, ReplicaId, State, rfc3339
+from replica.model import LEAF_BYTES, NIL, DamagedLeaves, DeltaId, DiskId, Epoch, ReplicaId, State, rfc3339
 from replica.receiver.admission import (
     SMALL_PART_BYTES,
     SMALL_PARTS_PER_HOUR,
@@ -94,6 +94,8 @@ class Slot:
         self._jobs = threading.Lock()
         self._job: Job | None = None
         self._active: Activity | None = None
+        self._repaired_to: tuple[DiskId, int] | None = None
+        """Where the last repair ended: disk, byte."""
         self._closed = False
 
     # --- what it is ---
@@ -310,15 +312,29 @@ class Slot:
         with self._jobs:
             self._refuse_while_working("repair the head")
         left = store.repair(disk_id, first, epoch, content)
-        log.warning(
-            "replica %s: damage on disk %s from leaf %d on: the sender sent %d bytes, %s",
-            self.replica_id,
-            disk_id,
-            first,
-            len(content),
-            "and it is repaired" if not left else f"and {sum(d.stop - d.first for d in left)} leaves stay damaged",
-        )
+        self._tell_repair(store, disk_id, first, len(content), left)
         return left
+
+    def _tell_repair(
+        self, store: Store, disk_id: DiskId, first: int, count_bytes: int, left: tuple[DamagedLeaves, ...]
+    ) -> None:
+        """One warning where damage begins, and where some stays: a long range comes in many requests."""
+        entry = store.head.disk(disk_id)
+        name, leaf_bytes = (entry.disk.name, entry.disk.leaf_bytes) if entry else (str(disk_id), LEAF_BYTES)
+        begin = first * leaf_bytes
+        goes_on, self._repaired_to = self._repaired_to == (disk_id, begin), (disk_id, begin + count_bytes)
+        log.log(
+            logging.DEBUG if goes_on and not left else logging.WARNING,
+            "replica %s (%s): damage on disk %s, bytes %d to %d: %s",
+            self.replica_id,
+            store.identity.machine,
+            name,
+            begin,
+            begin + count_bytes - 1,
+            f"{sum(d.stop - d.first for d in left)} leaves stay damaged, the source has changed them"
+            if left
+            else "repaired by the sender; what follows on it without a gap is not told again",
+        )
 
     def discard(self, delta_id: DeltaId) -> None:
         store = self.store()
@@ -368,7 +384,8 @@ class Slot:
         """In the job's thread. Its arguments live as long as that: the tail is let go when it is written."""
         error: BaseException | None = None
         try:
-            already = store.head.delta_id == job.delta_id and store.applying is None
+            before = store.head
+            already = before.delta_id == job.delta_id and store.applying is None
             if not already:
                 store.finish(job.delta_id, tail[0], tail_offset)
             tail.clear()
@@ -382,6 +399,8 @@ class Slot:
                     state.point,
                     rfc3339(state.frozen_at_ns),
                 )
+                for what in before.lacking(entry.disk for entry in state.disks):
+                    log.warning("replica %s (%s): %s", self.replica_id, store.identity.machine, what)
                 if state.is_point:
                     self._pace = self._pace.take(self._clock(), self._upkeep.max_points_per_hour)
                 elif tail_offset < SMALL_PART_BYTES:

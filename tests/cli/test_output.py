@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from replica.cli.app import run
 from replica.cli.output import complain, duration, error_fields, print_json, print_table, size
 from replica.errors import BusyError, StorageFullError
 
@@ -68,3 +70,33 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert json.loads(out) == [{"a": 1, "b": ["ä", None]}]
     assert out.endswith("]\n")
+
+
+def test_keys_that_everybody_may_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `sync` and by `serve`, before they do anything: the data keys and the one for TLS."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("replica.transport.tls.client_context", lambda _files: None)
+    monkeypatch.setattr("replica.primary.runner.sync_machines", lambda *_, **__: [])
+    monkeypatch.setattr("replica.receiver.server.serve", lambda _spec: None)
+    monkeypatch.setattr("replica.cli.log.log_to_stderr", lambda: None)
+    tls = '[tls]\nca = "ca"\ncert = "cert"\nkey = "tls.key"\n'
+    machine = '[[machine]]\nname = "web-1"\nto = "https://h"\n[[machine.disk]]\nname = "os"\nimage = "os.raw"\n'
+    Path("sender.toml").write_text('name = "hv-1"\nstate = "state"\n' + tls + machine)
+    Path("receiver.toml").write_text('listen = ":0"\n' + tls + '[[storage]]\nname = "a"\npath = "store"\n')
+    files = [Path("keys/id/1.key"), Path("store/id/keys/1.key"), Path("store/receipt.key"), Path("tls.key")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    for open_to_all, of_sync, of_serve in ((False, set(), set()), (True, {0, 3}, {1, 2, 3})):
+        for path in files:
+            path.chmod(0o644 if open_to_all else 0o640)
+        for command, expected in (
+            (["sync", "-c", "sender.toml"], of_sync),
+            (["serve", "-c", "receiver.toml"], of_serve),
+        ):
+            assert run(command) == 0
+            err = capsys.readouterr().err
+            assert {n for n, path in enumerate(files) if f"the key {tmp_path / path} is open" in err} == expected, err
+            assert len(err.splitlines()) == len(expected)

@@ -36,7 +36,8 @@ def test_what_verify_finds_the_next_sync_repairs(lab: DamageLab, leaf: int) -> N
     assert listed(lab)[3] is False
     assert not lab.restores_exactly(3)
     link = lab.link()
-    lab.sync(link)
+    result = lab.sync(link)
+    assert result.bytes_repaired == (LEAF if leaf < 10 else 1234) and result.notices == ()
     assert link.calls.count("repair") == 1
     assert link.bytes_sent < 3 * LEAF
     assert verify(lab) == 0
@@ -44,6 +45,22 @@ def test_what_verify_finds_the_next_sync_repairs(lab: DamageLab, leaf: int) -> N
     assert listed(lab) == {1: True, 2: True, 3: True, 4: True}
     assert all(lab.restores_exactly(point) for point in listed(lab))
     assert not lab.reader().layout.damage.exists()
+
+
+def test_a_long_repair_is_one_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    size = 5 << 20
+    (tmp_path / "long").mkdir()
+    lab = DamageLab(tmp_path / "long", 1, {"os": size, "data": 5 * LEAF})
+    lab.scribble("os", 0, size)
+    lab.sync()
+    flip(lab.image_of("os"), 0, size)
+    verify(lab)
+    link = lab.link()
+    assert lab.sync(link).bytes_repaired == size
+    said = [r.getMessage() for r in caplog.records if r.name == "replica.receiver.slot" and r.levelname == "WARNING"]
+    assert link.calls.count("repair") == 5 and len(said) == 1
+    assert "(web-1): damage on disk os, bytes 0 to 1048575: repaired by the sender" in said[0]
+    lab.site.close()
 
 
 def test_points_that_do_not_read_the_damage_stay_restorable(lab: DamageLab) -> None:
@@ -75,7 +92,11 @@ def test_what_the_source_has_no_more_is_lost_in_the_points_that_need_it(lab: Dam
     flip(lab.image_of("os"), 4 * LEAF + 10)
     lab.scribble("os", 4 * LEAF, 100)  # the very grain that rotted
     verify(lab)
-    assert lab.sync().point == 4
+    result = lab.sync()
+    assert (result.point, result.bytes_repaired) == (4, 0)
+    assert result.notices == (
+        "1 leaves of the head rotted and have changed at the source since: older points may lack them",
+    )
     lab.copies[4] = lab.copy()
     assert verify(lab) == 0
     assert lab.restores_exactly(4)

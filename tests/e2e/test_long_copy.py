@@ -111,4 +111,4 @@ def test_an_old_copy_becomes_the_base_of_a_new_replica(lab: Lab, tmp_path: Path)
     assert entry["bytes_wire"] < 32_000
     assert digest(lab.restore(tmp_path / "out")["os"]) == digest(image)
     text = lab.run("resync", "web-1", "-c", lab.sender).stdout
-    assert "leaves with 0 B differed" in text, text
+    assert " 0 B differed from the replica" in text, text

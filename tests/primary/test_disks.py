@@ -182,10 +182,21 @@ def test_an_added_disk_is_the_only_one_that_is_copied(lab: Changing) -> None:
     lab.assert_points()
 
 
-def test_a_removed_disk_is_in_older_points_and_its_trackers_are_gone(lab: Changing) -> None:
-    lab.point()
+def test_a_removed_disk_is_in_older_points_and_its_trackers_are_gone(
+    lab: Changing, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert lab.point().notices == ()
     lab.remove("data")
-    assert lab.point().bytes_changed == 0
+    lab.resize("os", 5 * MiB)
+    result = lab.point()
+    told = {
+        "disk 'data' is not in it any more; older points keep what they have",
+        f"disk 'os' shrank from {5 * MiB + 1000} to {5 * MiB} bytes; older points keep theirs",
+    }
+    assert set(result.notices) == told and result.bytes_changed <= 4096
+    said = [record.getMessage() for record in caplog.records if record.name == "replica.receiver.slot"]
+    assert all(any(text in line for line in said) for text in told), said
+    assert lab.point().notices == (), "said once"
     assert lab.trackers() == {str(state.disk.id) for state in lab.head.disks} and len(lab.head.disks) == 1
     lab.assert_points()
 
