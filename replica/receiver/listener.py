@@ -46,6 +46,7 @@ class Listener:
         """
         self._sockets: list[socket.socket] = []
         self._shaking: set[socket.socket] = set()
+        self._through: set[_Counted] = set()
         self._open: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._quiet: dict[str, float] = {}
@@ -96,6 +97,13 @@ class Listener:
             made.close()
         self._close_sockets()
 
+    async def abort(self) -> None:
+        """Cut every connection, also one whose peer does not take part in TLS's farewell."""
+        for connection in self._through:
+            connection.transport.abort()
+        for _ in range(3):  # the transport, TLS and the protocol above it are told one after the other
+            await asyncio.sleep(0)
+
     def _close_sockets(self) -> None:
         for listening in self._sockets:
             listening.close()
@@ -135,7 +143,7 @@ class Listener:
     ) -> None:
         """TLS; then the connection is the protocol's, and counts until it is lost."""
         loop = asyncio.get_running_loop()
-        counted = _Counted(make_protocol, lambda: self._less(key))
+        counted = _Counted(make_protocol, self._through, lambda: self._less(key))
         try:
             with suppress(OSError):
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -186,13 +194,20 @@ async def _next_connection(listening: socket.socket) -> tuple[socket.socket, tup
 class _Counted(asyncio.Protocol):
     """Passes everything on to the real protocol, made when the handshake is over; tells when it is lost."""
 
-    def __init__(self, make_protocol: Callable[[], asyncio.Protocol], lost: Callable[[], None]) -> None:
+    transport: asyncio.Transport
+
+    def __init__(
+        self, make_protocol: Callable[[], asyncio.Protocol], through: set[_Counted], lost: Callable[[], None]
+    ) -> None:
         self._make = make_protocol
+        self._through = through
         self._lost = lost
         self.taken = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.taken = True
+        assert isinstance(transport, asyncio.Transport)
+        self.taken, self.transport = True, transport
+        self._through.add(self)
         self._inner = self._make()
         self.data_received = self._inner.data_received  # type: ignore[method-assign]
         self.eof_received = self._inner.eof_received  # type: ignore[method-assign]
@@ -202,6 +217,7 @@ class _Counted(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.taken:
+            self._through.discard(self)
             self._lost()
             self._inner.connection_lost(exc)
 

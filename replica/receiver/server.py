@@ -110,7 +110,7 @@ async def serve_until(
         finally:
             deadline = loop.time() + END_SECONDS
             await listener.close()
-            await _end_connections(runner, deadline)
+            await _end_connections(runner, listener, deadline)
             api.close()
             await _close(site, aside, max(LEAST_SECONDS, deadline - loop.time()))
     finally:
@@ -134,19 +134,16 @@ async def _close(site: Site, aside: Workers, limit_seconds: float) -> None:
         log.error("ended; a replica's storage does not answer, it was not waited for")
 
 
-async def _end_connections(runner: web.AppRunner, deadline: float) -> None:
+async def _end_connections(runner: web.AppRunner, listener: Listener, deadline: float) -> None:
     """Answer what was asked, then close; at the deadline every connection is cut, whoever still asks or reads.
 
     A peer that does not take part in TLS's farewell is not waited for.
     """
     loop = asyncio.get_running_loop()
-    handlers = runner.server.connections if runner.server else []
-    transports = [handler.transport for handler in handlers if handler.transport is not None]
     cleanup = loop.create_task(runner.cleanup())
     await asyncio.wait([cleanup], timeout=max(0.0, deadline - loop.time()))
     await asyncio.sleep(FAREWELL_SECONDS)
-    for transport in transports:
-        transport.abort()
+    await listener.abort()
     await asyncio.wait([cleanup], timeout=FAREWELL_SECONDS)
     cleanup.cancel()
     await asyncio.wait([cleanup])
