@@ -297,4 +297,4 @@ def test_a_rotten_head_is_found(pair: Lab, tmp_path: Path) -> None:
     assert found["offset"] <= 2_000_000 < found["offset"] + found["length"]
     done = pair.run("restore", "web-1", "--to", tmp_path / "out", "-c", pair.receiver, code=DAMAGE)
     assert "os" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
