@@ -120,6 +120,7 @@ class StorageError(ReplicaError):
     """Reading or writing the store or the state failed; nothing was acknowledged."""
 
     code, exit_code, status, retryable = "storage", 10, 507, True
+    default_hint = "check that it is there, who may use it, and the device below it"
 
 
 class StorageFullError(StorageError):

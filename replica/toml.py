@@ -17,8 +17,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -118,7 +119,36 @@ def _value(source: Source, hint: Any, value: Any, place: Place) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        source.fail(place, f"`{_dotted(place)}`: {str(error).replace('`', '')}")
+        source.fail(place, f"`{_dotted(place)}`: {_in_words(str(error), hint)}")
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text in quotes",
+    "bool": "true or false",
+    "array": "a list in [ ]",
+    "object": "a table",
+}
+
+
+def _in_words(text: str, hint: Any) -> str:
+    """What msgspec says of a value, without the words of its types; and what a choice is between."""
+    if text.startswith("Invalid enum value"):
+        choices = ", ".join(f'"{choice}"' for choice in _choices(hint))
+        return f"{text.removeprefix('Invalid enum value ').split(' - at')[0]} is not possible; it is one of {choices}"
+    if found := re.match(r"Expected `([^`]+)`, got `(\w+)`", text):
+        wanted = " or ".join(_TYPES.get(kind, kind) for kind in found[1].split(" | ") if kind != "null")
+        return f"{wanted} is expected here, this is {_TYPES.get(found[2], found[2])}"
+    return text.replace("`", "")
+
+
+def _choices(hint: Any) -> list[str]:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [str(member.value) for member in hint]
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    return [choice for part in get_args(hint) for choice in _choices(part)]
 
 
 def _dotted(place: Place) -> str:

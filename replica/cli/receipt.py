@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LINKS = ".links"
 MAX_LINKS_BYTES = 1 << 30
+_RAW = "it must be raw: `replica restore --format raw`, also where the head is VHD"
 
 
 @click.group()
@@ -240,7 +241,7 @@ def _check_image(text: str, receipt: Receipt, as_json: bool) -> str:
         if image.size_bytes != disk.size_bytes:
             raise RootMismatchError(
                 f"{path} has {image.size_bytes} bytes, disk {name!r} had {disk.size_bytes} at point {receipt.point}",
-                hint="give the raw image as it was restored",
+                hint=_RAW,
             )
         ranges = image.allocated(0, image.size_bytes)
         update = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
@@ -249,6 +250,6 @@ def _check_image(text: str, receipt: Receipt, as_json: bool) -> str:
         raise RootMismatchError(
             f"{path} is not disk {name!r} at point {receipt.point}: its Merkle root is {root.hex()}, the receipt says "
             f"{disk.root}",
-            hint="was it written after it was restored? restore it again",
+            hint=f"was it written after it was restored? restore it again; {_RAW}",
         )
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import click
@@ -36,7 +37,7 @@ def restore(
     allow_lost: bool,
     config: Path,
     as_json: bool,
-) -> None:
+) -> int:
     """Write a recovery point of MACHINE into DIR as one image per disk.
 
     The content is checked against the point's Merkle roots before a file gets
@@ -61,7 +62,11 @@ def restore(
     with reader.open_point(point) as opened, bars(as_json) as bar:
         lost: dict[str, list[tuple[int, int]]] = {}
         gone = lost if allow_lost else None
-        files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), missing=gone)
+        try:
+            files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), missing=gone)
+        except KeyboardInterrupt:
+            click.echo("replica: interrupted; nothing is left of it, a restore always begins anew", err=True)
+            return 128 + signal.SIGINT
         there = machine_files(opened, allow_lost=allow_lost)
         left_out = opened.state.files is not None and not there
         written = [str(target / "files" / path) for path in there]
@@ -73,14 +78,15 @@ def restore(
             f"replica: WARNING: disk {name} is NOT the point: its root was not checked, and zeros are at", err=True
         )
         for start, stop in ranges:
-            click.echo(f"replica:   bytes {start} to {stop}", err=True)
+            click.echo(f"replica:   bytes {start} to {stop - 1}", err=True)
     if as_json:
         disks = {name: str(path) for name, path in files.items()}
         print_json({"point": number, "files": disks, "machine_files": written, "lost": lost})
-        return
+        return 0
     checked = "restored, but for what is lost" if lost else "restored and checked"
     click.echo(f"point {number} of {machine} is {checked}:")
     for name, path in files.items():
         click.echo(f"  {name}: {path}")
     for file in written:
         click.echo(f"  {file}")
+    return 0

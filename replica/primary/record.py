@@ -95,19 +95,21 @@ class MachineDirectory:
     def locked(self, machine: str) -> Iterator[None]:
         """Keep every other sync or run away, and clear what a killed one left. BusyError if one is at it."""
         self._fs.make_directory(self.path, private=True)
-        busy = f"another sync or run is working on machine {machine!r}"
-        with self._lock(busy):
+        with self._lock(machine):
             self._fs.clear_temporaries(self.path)
             yield
 
-    def _lock(self, busy: str) -> Lock:
+    def _lock(self, machine: str) -> Lock:
         """The lock; a `status` that looks whether it is taken holds it for a moment, too."""
-        for _ in range(_LOCK_ATTEMPTS - 1):
-            try:
-                return self._fs.lock(self.path / "lock", busy=busy)
-            except BusyError:
+        for attempt in range(_LOCK_ATTEMPTS):
+            if attempt:
                 time.sleep(_LOCK_PAUSE_SECONDS)
-        return self._fs.lock(self.path / "lock", busy=busy)
+            with suppress(BusyError):
+                return self._fs.lock(self.path / "lock")
+        raise BusyError(
+            f"another sync or run is working on machine {machine!r}",
+            hint="wait for its end; where `replica run` is at work it makes the points by itself",
+        )
 
     def load(self) -> MachineRecord | None:
         """The record, None if there is none. Raises FormatError if it is damaged."""

@@ -382,6 +382,14 @@ class PointReader:
             except MovedError:
                 self._connect_again(chain)
 
+    @property
+    def rotten_in_head(self) -> bool:
+        """Whether some of what cannot be had is in leaves of the head that rotted, which the next sync may repair."""
+        chain = self._chain
+        with suppress(MovedError):
+            return any(True for disk in self.disks for _ in self._damaged_in_head(chain, chain.depth, disk))
+        return False
+
     def _damaged_in_head(self, chain: ChainReader, depth: int, disk: Disk) -> Iterator[tuple[int, int]]:
         """Bytes of rotten leaves of the head that this point reads."""
         of_head = self._images_of.get(disk.id)

@@ -35,6 +35,11 @@ WINDOW_BYTES = 4 << 20
 log = logging.getLogger(__name__)
 
 NAMED_RANGES = 8
+_OTHER_POINT = "choose another point, or restore with --allow-lost, which writes zeros there"
+_REPAIR_FIRST = (
+    "some of it is only damaged in the head: sync the machine first, which repairs what its source still has; else "
+    + _OTHER_POINT
+)
 TEMPORARY = re.compile(r"\.(files|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})\.[0-9a-f]{8}\.partial")
 """What a restore writes to before it gives names."""
 DEEP_WINDOW_BYTES = 32 << 20
@@ -68,10 +73,17 @@ def restore_point(
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
     if missing is None:
         _refuse_lost(point)
+    made = not target.is_dir()
     fs.make_directory(target)
-    with ExitStack() as stack:
-        _hold(fs, target, stack)
-        _write(fs, point, target, format, paths, missing, progress)
+    try:
+        with ExitStack() as stack:
+            _hold(fs, target, stack)
+            _write(fs, point, target, format, paths, missing, progress)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # something is in it, which is not ours
+                target.rmdir()
+        raise
     return paths
 
 
@@ -151,11 +163,11 @@ def _refuse_lost(point: PointReader) -> None:
     for disk in point.disks:
         name = disk.name
         if ranges := point.lost(disk.id):
-            named = ", ".join(f"{start} to {stop}" for start, stop in ranges[:NAMED_RANGES])
+            named = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:NAMED_RANGES])
             more = f" and {len(ranges) - NAMED_RANGES} more ranges" if len(ranges) > NAMED_RANGES else ""
             raise LostError(
                 f"disk {name!r} of point {point.state.point} has lost bytes {named}{more}",
-                hint="choose another point, or restore with --allow-lost, which writes zeros there",
+                hint=_REPAIR_FIRST if point.rotten_in_head else _OTHER_POINT,
                 disk=name,
                 offset=ranges[0][0],
                 length=ranges[0][1] - ranges[0][0],

@@ -264,7 +264,10 @@ class _FrozenSnapshot:
             )
             answer = guard.ask("frozen", spec.limit_seconds + THAW_LIMIT_SECONDS)
             if not answer.frozen:
-                raise FreezeError(f"freezing machine {machine!r} failed: {answer.failure}")
+                raise FreezeError(
+                    f"freezing machine {machine!r} failed: {answer.failure}",
+                    hint="no point was made; run its `freeze` command by hand to see why, and `thaw` after it",
+                )
             self.paths = snapshot_paths(images, answer.output)
             live = [path for disk, path in self.paths.items() if path == images[disk] and path.is_file()]
             self._live = {path: take_stamp(fs, path) for path in live}

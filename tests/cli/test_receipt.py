@@ -97,6 +97,10 @@ def test_a_restored_image_is_proven_to_be_the_point(audit: Audit, capsys: pytest
     assert audit.verify(str(audit.files[2]), *images) == 11
     assert audit.verify(of_4, "--image", "os=out/data.raw") == 11
     assert audit.verify(of_4, "--image", "swap=out/data.raw") == 3
+    capsys.readouterr()
+    assert run(["restore", "web-1", "--point", "4", "--format", "vhd", "--to", "vhd", "-c", "receiver.toml"]) == 0
+    assert audit.verify(of_4, "--image", "os=vhd/os.vhd") == 11
+    assert "`replica restore --format raw`" in capsys.readouterr().err
     with Path("out/os.raw").open("r+b") as file:
         file.seek(123_456)
         byte = file.read(1)[0]
@@ -105,6 +109,21 @@ def test_a_restored_image_is_proven_to_be_the_point(audit: Audit, capsys: pytest
     capsys.readouterr()
     assert audit.verify(of_4, *images) == 11
     assert "out/os.raw is not disk 'os' at point 4" in capsys.readouterr().err
+
+
+def test_an_interrupted_restore_leaves_nothing_and_says_that_it_begins_anew(
+    audit: Audit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("replica.store.restore._write_disk", interrupted)
+    for there in (False, True):
+        if there:
+            Path("out").mkdir()
+        assert run(["restore", "web-1", "--to", "out", "-c", "receiver.toml"]) == 130
+        assert "begins anew" in capsys.readouterr().err
+        assert Path("out").exists() is there and not list(Path().glob("out/*"))
 
 
 def test_verify_names_what_damage_costs_and_points_remembers_it(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from replica.errors import DamageError, FencedError, ProtocolError
+from replica.errors import DamageError, FencedError, LostError, ProtocolError
 from replica.model import Epoch, random_id
 from replica.store import damage
 from replica.store.head import FileHead
@@ -35,6 +35,11 @@ def test_what_verify_finds_the_next_sync_repairs(lab: DamageLab, leaf: int) -> N
     assert verify(lab) == (LEAF if leaf < 10 else 1234)
     assert listed(lab)[3] is False
     assert not lab.restores_exactly(3)
+    last = min((leaf + 1) * LEAF, 10 * LEAF + 1234) - 1
+    with lab.reader().open_point(3) as opened, pytest.raises(LostError, match="sync the machine first") as caught:
+        restore(lab, opened)
+    assert f"lost bytes {leaf * LEAF} to {last};" in str(caught.value), "as verify counts"
+    assert not (lab.root / "out").exists()
     link = lab.link()
     result = lab.sync(link)
     assert result.bytes_repaired == (LEAF if leaf < 10 else 1234) and result.notices == ()
