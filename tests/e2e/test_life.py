@@ -309,7 +309,7 @@ def test_json_is_the_only_thing_on_standard_output(lab: Lab, tmp_path: Path) -> 
     good, bad = json.loads(done.stdout)
     assert set(good) == {
         "machine", "point", "frozen_at", "bytes_scanned", "bytes_changed", "bytes_wire", "seconds", "roots",
-        "mode", "parts", "bytes_differing",
+        "mode", "parts", "bytes_differing", "bytes_repaired", "notices",
     }  # fmt: skip
     assert bad["machine"] == "db-1"
     assert bad["error"]["exit_code"] == 4
