@@ -121,9 +121,12 @@ class HashTracker:
         self.directory = disk_directory(machine_directory, disk)
         fs.make_directory(self.directory, private=True)
         fs.clear_temporaries(self.directory)
+        seen = fs.exists(self.directory / "secret")
         self.secret = self._load_secret()
         self.known = self._fits()
         """What is stored says that it is `base` (whether it can be trusted is not known here)."""
+        if seen and not self.known:  # made by a process that was killed, maybe: digests under it are worth what it is
+            fs.settle_names(self.directory / "secret", levels=3)
 
     @property
     def base_bytes(self) -> int:

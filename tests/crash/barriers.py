@@ -203,6 +203,7 @@ COVERED: dict[str, str] = {
     "tracking/hash.py:_load_secret < durable.py:replace_bytes < durable.py:sync": "then all digests differ",
     "tracking/hash.py:_load_secret < durable.py:replace_bytes" + PUBLISH: "the fold syncs the directory",
     "tracking/hash.py:_load_secret" + UNLINK: "digests name their state",
+    "tracking/hash.py:__init__ < durable.py:settle_names" + DIRECTORY: "after a kill and a power cut: a disk is read",
     "tracking/journal.py:accept"
     + PUBLISH: "under its old name it is compared with the replica again, and folded again",
     "tracking/journal.py:__init__" + UNLINK: _LITTER,
