@@ -259,6 +259,16 @@ def final_path(layout: Layout, delta_id: DeltaId) -> Path:
     return layout.incoming / str(delta_id)
 
 
+def received(fs: FileSystem, layout: Layout) -> DeltaId | None:
+    """A delta that arrived whole: it is being committed, or waits for that."""
+    return next((delta_id for name, delta_id in held(fs, layout).items() if "." not in name), None)
+
+
+def receiving(fs: FileSystem, layout: Layout) -> DeltaId | None:
+    """The delta that is arriving or was received. What is committed leaves here only after `state` says so."""
+    return next(iter(held(fs, layout).values()), None)
+
+
 def held(fs: FileSystem, layout: Layout) -> dict[str, DeltaId]:
     """File name -> delta id of everything in `incoming/`; what has another kind of name is not the engine's."""
     found: dict[str, DeltaId] = {}

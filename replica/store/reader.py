@@ -37,9 +37,8 @@ from replica.errors import DamageError, LostError, PointGoneError, StorageError
 from replica.images.flat import FlatImage
 from replica.model import NEVER, DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
-from replica.store import damage
+from replica.store import damage, incoming
 from replica.store.damage import Marks
-from replica.store.incoming import held
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.lost import Found, Losses, losses
@@ -89,13 +88,13 @@ class ReplicaReader:
 
     @property
     def received(self) -> DeltaId | None:
-        """A delta that arrived whole: it is being committed, or waits for that."""
-        return next((delta_id for name, delta_id in held(self._fs, self.layout).items() if "." not in name), None)
+        """See `incoming.received`."""
+        return incoming.received(self._fs, self.layout)
 
     @property
     def receiving(self) -> DeltaId | None:
-        """The delta that is arriving or was received. What is committed leaves here only after `state` says so."""
-        return next(iter(held(self._fs, self.layout).values()), None)
+        """See `incoming.receiving`."""
+        return incoming.receiving(self._fs, self.layout)
 
     def points(self) -> list[PointInfo]:
         """Every point, oldest first. What cannot be restored any more is listed as such, never left out."""

@@ -46,10 +46,10 @@ from replica.errors import (
 from replica.model import DamagedLeaves, DeltaId, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.receipt import SignedReceipt
-from replica.store import damage
+from replica.store import damage, incoming
 from replica.store.commit import Committer
 from replica.store.head import FileHead, remove_leftovers
-from replica.store.incoming import Incoming, discard_all, final_path, held, part_path
+from replica.store.incoming import Incoming, discard_all, final_path, part_path
 from replica.store.layout import (
     Identity,
     Layout,
@@ -245,13 +245,12 @@ class ReplicaStore:
     @property
     def received(self) -> DeltaId | None:
         """A delta that arrived whole on top of the head and waits for its commit, after a restart say."""
-        whole = [delta_id for name, delta_id in held(self._fs, self._layout).items() if "." not in name]
-        return whole[0] if whole else None
+        return incoming.received(self._fs, self._layout)
 
     @property
     def receiving(self) -> DeltaId | None:
         """The delta that is arriving or was received."""
-        return next(iter(held(self._fs, self._layout).values()), None)
+        return incoming.receiving(self._fs, self._layout)
 
     @property
     def damaged(self) -> tuple[DamagedLeaves, ...]:
