@@ -35,6 +35,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "e2e"))
 
@@ -306,6 +308,8 @@ def readers(soak: Soak, seconds: float, restore_to: Path | None = None) -> dict[
         "verifies": done["verifies"],
         "median_without": statistics.median(quiet),
         "median_with": statistics.median(busy),
+        **{f"p{p}_without": round(np.percentile(quiet, p), 4) for p in (90, 99)},
+        **{f"p{p}_with": round(np.percentile(busy, p), 4) for p in (90, 99)},
         "max_without": max(quiet),
         "max_with": max(busy),
         "slowest_to_median": max(busy) / statistics.median(quiet),

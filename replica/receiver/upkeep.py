@@ -81,7 +81,7 @@ class Upkeep:
         """A point that could not be dropped harms nobody; the next commit tries again."""
         self._wanted_bytes = 0
         try:
-            _say(store, store.rotate(self._policy(store)))
+            _say(store, store.rotate(self._policy(store), brief=True))
         except ReplicaError as error:
             log.warning("replica %s: cannot rotate points: %s", store.identity.replica_id, error)
         self._wake()

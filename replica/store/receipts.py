@@ -188,9 +188,17 @@ class ReceiptBook(ReceiptFiles):
             self._known[state.delta_id] = (receipt.serial, signed.body_digest)
         return signed
 
-    def keep_only(self, points: Collection[DeltaId]) -> None:
-        """Drop every receipt that is not of one of these points; also those that a crash left behind."""
-        self.forget([delta_id for delta_id in self.names() if delta_id not in points])
+    def keep_only(self, points: Collection[DeltaId], most: int) -> bool:
+        """Drop receipts that are not of one of these points, at most so many; also those that a crash left behind.
+        False: there are more of them."""
+        gone = [delta_id for delta_id in self.names() if delta_id not in points]
+        if len(gone) > most:
+            known = self._all_known()
+            gone.sort(
+                key=lambda delta_id: known.get(delta_id, (0, b""))[0]
+            )  # the oldest first, as digests are handed on
+        self.forget(gone[:most])
+        return len(gone) <= most
 
     def forget(self, delta_ids: Collection[DeltaId]) -> None:
         """Drop the receipts of points that are gone. Again after a crash: no change. StorageError."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hmac
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,7 +67,7 @@ from replica.store.receipt_key import ReceiptKey
 from replica.store.receipts import ReceiptBook
 from replica.store.repair import MAX_LEAVES, HeadRepair
 from replica.store.retention import Policy
-from replica.store.rotation import Rotated, Rotator
+from replica.store.rotation import PAUSE_SECONDS, Rotated, Rotator
 from replica.store.space import commit_bytes, full
 
 YIELD_SECONDS = 0.25
@@ -485,15 +486,23 @@ class ReplicaStore:
 
     # --- rotating ---
 
-    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0, brief: bool = False) -> Rotated:
         """Drop the points that the policy no longer keeps from the old end, up to one that is being read.
 
-        `shed_bytes`: space is short, give up points worth that much more. Raises BusyError, StorageError.
+        `shed_bytes`: space is short, give up points worth that much. `brief`: only so many as a commit can wait for;
+        `more` says whether there are others. Raises BusyError, StorageError.
         """
-        with self._dropping:
-            self._ensure_open()
-            self._keep_time()
-            return self._dropper.drop(policy, at_once=at_once, shed_bytes=shed_bytes)
+        done = Rotated(more=True)
+        while done.more:
+            with self._dropping:
+                self._ensure_open()
+                self._keep_time()
+                done += self._dropper.drop(policy, at_once=at_once, shed_bytes=shed_bytes - done.freed_bytes)
+            if brief:
+                break
+            if done.more:
+                time.sleep(PAUSE_SECONDS)
+        return done
 
     def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
         """Compose away the points that the policy no longer keeps between others: may take long, stops nothing.

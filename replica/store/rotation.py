@@ -7,12 +7,18 @@ Whatever is removed or replaced is removed in a *step*: a moment in which no com
 pin (`pins.removing`) and nobody sets a lock (`Marks.held`); pins and locks are looked at in there. A run is left alone
 while a reader needs one of its inverses, or where one of them is damaged: nothing that can still be read is given up
 for something that cannot.
+
+A commit waits for a step, so a step removes a few files and no more. What a composition replaced is *spare* with the
+first of them; the steps that remove the rest ask nobody. Nothing goes from the old end before it: with the way around
+them gone, such links would lead somewhere again.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,7 @@ from typing import NamedTuple
 
 from replica.delta import Keyring
 from replica.durable import FileSystem
-from replica.errors import DamageError, StorageError
+from replica.errors import BusyError, DamageError, StorageError
 from replica.model import NEVER, DeltaId, Stamp, State
 from replica.store.layout import Layout
 from replica.store.marks import Marks
@@ -32,23 +38,36 @@ from replica.store.thin import FAN_IN, another_name, check, compose_links, final
 
 log = logging.getLogger(__name__)
 
+MOST_REMOVED = 8
+"""Inverses removed in a step, and receipts: 3 to 4 ms each, for its name has to be gone for good."""
+
+PAUSE_SECONDS = 0.005
+"""Between two steps: who waits for the first gets its turn before the second."""
+
 UNKNOWN_LOCKS = "which points are locked is not known: the marks are damaged"
 
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """What went: numbers of points dropped from the old end and composed away, and the bytes that became free."""
+    """What went: numbers of points dropped from the old end and composed away, and the bytes that became free.
+
+    `more`: there is more to remove that only waits for another step.
+    """
 
     dropped: tuple[int, ...] = ()
     composed: tuple[int, ...] = ()
     freed_bytes: int = 0
+    more: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.dropped or self.composed)
 
     def __add__(self, other: Rotated) -> Rotated:
         return Rotated(
-            self.dropped + other.dropped, self.composed + other.composed, self.freed_bytes + other.freed_bytes
+            self.dropped + other.dropped,
+            self.composed + other.composed,
+            self.freed_bytes + other.freed_bytes,
+            other.more,
         )
 
 
@@ -128,35 +147,44 @@ class Rotator:
         self._damaged: set[tuple[Path, ...]] = set()
 
     def drop(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
-        """Drop from the old end what the policy no longer keeps, up to a point that is being read.
+        """One step: drop from the old end what the policy no longer keeps, up to a point that is being read.
 
-        Raises BusyError (a reader is just opening a point), StorageError.
+        At most `MOST_REMOVED` files go, what is spare first. Raises BusyError (a reader is just opening a point),
+        StorageError.
         """
         with self._step() as (allowed, chain, states, now, removal):
             if not allowed:
                 return Rotated()
             decision = self._decide(states, policy, now, at_once=at_once, shed_bytes=shed_bytes)
-            wanted = {self._ends(states, run) for run in decision.runs}
-            for link in chain.spare:
-                if (link.base.delta_id, link.result.delta_id) not in wanted:
-                    self._fs.unlink(link.path)
+            spare = self._not_wanted(chain, states, decision)
+            for link in spare[:MOST_REMOVED]:
+                self._fs.unlink(link.path)
+            left = MOST_REMOVED - len(spare)
+            if left <= 0:
+                return Rotated(more=True)
             by_result = {link.result.delta_id: link for link in chain.links}
             first = chain.links[-1] if chain.links else None
             if first is not None and first.result.is_empty and first is not chain.undoing:
                 self._fs.unlink(first.path)
-            dropped, freed = [], 0
+            free = list(itertools.takewhile(lambda delta_id: delta_id not in removal.pinned, decision.drops))
+            dropped, freed = free[:left], 0
             numbers = {state.delta_id: state.number for state in states if state.is_point}
-            for delta_id in decision.drops:
-                if delta_id in removal.pinned:
-                    break
+            for delta_id in dropped:
                 self._fs.unlink(by_result[delta_id].path)
                 freed += by_result[delta_id].stored_bytes
-                dropped.append(delta_id)
             if dropped:
-                self._forget(set(dropped))
+                self._receipts.forget(dropped)
+                self._forget_locks(dropped)
+            more = len(free) > len(dropped)
             if not self._index.damaged:  # what a crash left; a point behind a damaged inverse may come back
-                self._receipts.keep_only({state.delta_id for state in chain.named} - set(dropped))
-            return Rotated(tuple(numbers[d] for d in dropped if d in numbers), (), freed)
+                kept = {state.delta_id for state in chain.named} - set(dropped)
+                more = not self._receipts.keep_only(kept, left - len(dropped)) or more
+            return Rotated(tuple(numbers[d] for d in dropped if d in numbers), (), freed, more)
+
+    def _not_wanted(self, chain: Chain, states: Sequence[Kept], decision: Decision) -> list[Link]:
+        """What is spare, farthest from the head first, but for compositions that only wait for their step."""
+        wanted = {self._ends(states, run) for run in decision.runs}
+        return [link for link in chain.spare if (link.base.delta_id, link.result.delta_id) not in wanted]
 
     def thin(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
         """Compose away what the policy no longer keeps between points that stay.
@@ -255,11 +283,28 @@ class Rotator:
             with self._fs.open(temporary) as file:
                 after = file.size()
             self._fs.publish(temporary, final_name(self._layout, temporary))
-            for link in reversed(links):
+            for link in links[: -MOST_REMOVED - 1 : -1]:
                 self._fs.unlink(link.path)
-            self._forget(set(run))
+            self._receipts.forget(run[:MOST_REMOVED])
+            self._forget_locks(run)
             numbers = tuple(state.number for state in states if state.delta_id in run and state.is_point)
-            return Rotated((), numbers, before - after)
+        for start in range(MOST_REMOVED, len(links), MOST_REMOVED):
+            if not self._remove_spare(links, run[start : start + MOST_REMOVED]):
+                break  # a later `drop` does it
+        return Rotated((), numbers, before - after)
+
+    def _remove_spare(self, links: Sequence[Link], gone: Sequence[DeltaId]) -> bool:
+        """One more step of a replacement: the farthest links of what is left. False: nothing is, or not now."""
+        time.sleep(PAUSE_SECONDS)
+        with suppress(BusyError), self._step() as (allowed, chain, _states, _now, _removal):
+            spare = {link.path for link in chain.spare}
+            left = [link for link in reversed(links) if link.path in spare]
+            if allowed and left:
+                for link in left[:MOST_REMOVED]:
+                    self._fs.unlink(link.path)
+                self._receipts.forget(gone)
+                return True
+        return False
 
     @staticmethod
     def _pinned_below(states: Sequence[Kept], run: Sequence[DeltaId], removal: Removal) -> bool:
@@ -267,10 +312,9 @@ class Rotator:
         newest = next((n for n, state in enumerate(states) if state.delta_id == run[-1]), -1)
         return any(state.delta_id in removal.pinned for state in states[: newest + 1])
 
-    def _forget(self, gone: set[DeltaId]) -> None:
-        self._receipts.forget(gone)
+    def _forget_locks(self, gone: Collection[DeltaId]) -> None:
         with suppress(DamageError, StorageError):  # locks that ended: they hold nothing, and may stay listed
-            self._marks.forget(gone)
+            self._marks.forget(set(gone))
 
 
-__all__ = ["Rotated", "Rotator", "kept_states", "locked_now", "look"]
+__all__ = ["PAUSE_SECONDS", "Rotated", "Rotator", "kept_states", "locked_now", "look"]

@@ -11,7 +11,7 @@ Replacing is a step of its own, short, and each arrow a durability barrier:
 
     temporary file, synced and read back   ->  its name   ->  rm → o removed   ->  …   ->  q → r1 removed
 
-The composed file gets a name that nothing had before. So all states stay reachable until they are removed one by one,
+(in steps of a few removals, see `rotation`: a commit waits for one of them at most). The composed file gets a name that nothing had before. So all states stay reachable until they are removed one by one,
 from the one farthest from the head; whatever is cut, what is left over is *spare* (`points`), never a stray, and the
 next rotation removes it.
 """

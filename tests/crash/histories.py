@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
-from replica.store import Policy, ReplicaReader
+from replica.store import Policy, ReplicaReader, rotation
 from replica.store.layout import Layout
 from replica.store.marks import Marks
 from tests.crash.explorer import Step
@@ -69,11 +70,12 @@ def lock(point: int) -> Step:
 
 
 def rotate(policy: Policy) -> Step:
-    """Drop and compose what the policy does not keep."""
+    """Drop and compose what the policy does not keep, one file removed in each step."""
 
     def step(world: Any) -> None:
-        gone = world.store.rotate(policy, at_once=True)
-        gone += world.store.thin(policy, at_once=True)
+        with patch.object(rotation, "MOST_REMOVED", 1):
+            gone = world.store.rotate(policy, at_once=True)
+            gone += world.store.thin(policy, at_once=True)
         numbers = {*gone.dropped, *gone.composed}
         left = {number: contents for number, contents in world.promises.points.items() if number not in numbers}
         world.promises = replace(world.promises, points=left)

@@ -143,7 +143,7 @@ class MemoryStore:
         if self.receiving == delta_id:
             self.receiving = None
 
-    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0) -> Rotated:
+    def rotate(self, policy: Policy, *, at_once: bool = False, shed_bytes: int = 0, brief: bool = False) -> Rotated:
         dropped, self.states = self.states[: -policy.keep_last], self.states[-policy.keep_last :]
         return Rotated(tuple(state.point for state in dropped))
 

@@ -40,7 +40,7 @@ def test_points_beyond_keep_last_are_rotated_out_with_the_commit(primary: Primar
 
 
 def test_a_rotation_that_fails_fails_no_commit(primary: Primary, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rotate(_policy: Policy) -> Rotated:
+    def rotate(_policy: Policy, *, brief: bool) -> Rotated:
         raise BusyError("a reader has it")
 
     monkeypatch.setattr(primary.store, "rotate", rotate)

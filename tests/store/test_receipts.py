@@ -186,7 +186,7 @@ def test_forgetting_cut_anywhere_is_finished_by_the_next(tmp_path: Path) -> None
             cutting.cut_at = 1 << 60
         store.close()
         store = ReplicaStore.open(FS, store.directory)
-        store.receipts.keep_only([states[i] for i in (0, 3, 5)])
+        store.receipts.keep_only([states[i] for i in (0, 3, 5)], 8)
         files = ReceiptFiles(FS, Layout(store.directory))
         found = files.all()
         assert [s.receipt.serial for s in found] == [1, 4, 6]
