@@ -11,9 +11,9 @@ Replacing is a step of its own, short, and each arrow a durability barrier:
 
     temporary file, synced and read back   ->  its name   ->  rm → o removed   ->  …   ->  q → r1 removed
 
-(in steps of a few removals, see `rotation`: a commit waits for one of them at most). The composed file gets a name that nothing had before. So all states stay reachable until they are removed one by one,
-from the one farthest from the head; whatever is cut, what is left over is *spare* (`points`), never a stray, and the
-next rotation removes it.
+In steps of a few removals (see `rotation`), since a commit waits for one of them at most. The composed file gets a name
+that nothing had before. So all states stay reachable until they are removed one by one, from the one farthest from the
+head; whatever is cut, what is left over is *spare* (`points`), never a stray, and a later step removes it.
 """
 
 from __future__ import annotations
