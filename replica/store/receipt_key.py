@@ -10,7 +10,9 @@ somebody else's. Then signing fails with an error that names the file; whoever
 wants a new key removes the public key as well and says so to the auditors.
 
 The private key's name comes first, so a public key alone means a lost one; a
-private key alone is a cut creation, and the public one is written from it.
+private key alone is a cut creation: its name may be in the page cache only, and
+after a sync that failed a further one says nothing, so it gets its name anew
+before it signs or the public one is written from it.
 """
 
 from __future__ import annotations
@@ -58,13 +60,10 @@ class ReceiptKey:
             return self._key
 
     def _load_or_make(self) -> Ed25519PrivateKey:
-        if not self._fs.exists(self.path):
+        if not self._fs.exists(self.path) or not self._fs.exists(self.public_path):
             self._make()
         key = self._load()
-        public = encode_public(key.public_key())
-        if not self._fs.exists(self.public_path):
-            self._fs.replace_bytes(self.public_path, public)
-        elif self._fs.read_bytes(self.public_path, MAX_KEY_BYTES) != public:
+        if self._fs.read_bytes(self.public_path, MAX_KEY_BYTES) != encode_public(key.public_key()):
             raise FormatError(
                 f"{self.public_path} is not the public key of {self.path}",
                 hint="put back the one that was lost or exchanged; points are committed meanwhile, receipts wait",
@@ -83,30 +82,38 @@ class ReceiptKey:
         return key
 
     def _make(self) -> None:
-        """Under a lock, since two processes may want the first receipt at the same time."""
+        """Both files, durably. Under a lock, since two processes may want the first receipt at the same time."""
         with self._fs.lock(self.path.with_suffix(".lock"), wait=True):
-            if self._fs.exists(self.path):
-                return
-            if self._fs.exists(self.public_path) or self._was_used():
-                raise KeyMissingError(
-                    f"the key of receipts {self.path} is gone",
-                    hint=f"put it back from a copy; if it is lost, remove {self.public_path} and make a new one with "
-                    f"`openssl genpkey -algorithm ed25519 -out {self.path}`, and tell whoever checks receipts; "
-                    "points are committed meanwhile",
-                )
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            self._fs.unlink(temporary)
-            with self._fs.create(temporary, private=True) as file:
-                file.write(
-                    0,
+            if not self._fs.exists(self.path):
+                self._check_new()
+                self._publish(
                     Ed25519PrivateKey.generate().private_bytes(
-                        serialization.Encoding.PEM,
-                        serialization.PrivateFormat.PKCS8,
-                        serialization.NoEncryption(),
-                    ),
+                        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+                    )
                 )
-                file.sync()
-            self._fs.publish(temporary, self.path)
+            elif self._fs.exists(self.public_path):
+                return
+            else:
+                self._load()
+                self._publish(self._fs.read_bytes(self.path, MAX_KEY_BYTES))
+            self._fs.replace_bytes(self.public_path, encode_public(self._load().public_key()))
+
+    def _check_new(self) -> None:
+        if self._fs.exists(self.public_path) or self._was_used():
+            raise KeyMissingError(
+                f"the key of receipts {self.path} is gone",
+                hint=f"put it back from a copy; if it is lost, remove {self.public_path} and make a new one with "
+                f"`openssl genpkey -algorithm ed25519 -out {self.path}`, and tell whoever checks receipts; "
+                "points are committed meanwhile",
+            )
+
+    def _publish(self, private: bytes) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._fs.unlink(temporary)
+        with self._fs.create(temporary, private=True) as file:
+            file.write(0, private)
+            file.sync()
+        self._fs.publish(temporary, self.path)
 
     def _was_used(self) -> bool:
         found = (directory for storage in self._storages for directory in replica_directories(self._fs, storage))

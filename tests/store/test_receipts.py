@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from replica.durable import FileSystem
-from replica.errors import FormatError, KeyMissingError, ReplicaError, RootMismatchError
+from replica.errors import FormatError, KeyMissingError, ReplicaError, RootMismatchError, StorageError
 from replica.model import DeltaId
-from replica.receipt import NO_LINK, SignedReceipt, check_chain, check_shipped, decode_public, parse
+from replica.receipt import NO_LINK, SignedReceipt, check_chain, check_shipped, decode_public, encode_public, parse
 from replica.store import Layout, ReplicaReader, ReplicaStore
+from replica.store.receipt_key import ReceiptKey
 from replica.store.receipts import ReceiptFiles, ReceiptWord
 from replica.store.retention import Policy
 from tests.store.small_primary import SmallPrimary
@@ -255,3 +256,26 @@ def test_a_damaged_receipt_is_named_and_no_two_follow_the_same(tmp_path: Path) -
     store.rotate(Policy(keep_last=1, hourly=0))
     assert [DeltaId(s.receipt.delta_id) for s in files.all()] == [primary.state.delta_id]
     store.close()
+
+
+def test_a_key_whose_name_may_not_be_durable_gets_it_anew(tmp_path: Path) -> None:
+    """A sync that failed leaves the name in the page cache, and none of the later ones says anything about it."""
+    published: list[Path] = []
+
+    class Failing(FileSystem):
+        def publish(self, temporary: Path, path: Path) -> None:
+            super().publish(temporary, path)
+            published.append(path)
+            if len(published) == 1:
+                raise StorageError("the sync of its name failed")
+
+    key = ReceiptKey.of_storage(Failing(), tmp_path)
+    with pytest.raises(StorageError):
+        key.get()
+    assert key.path.exists() and not key.public_path.exists()
+    private = key.path.read_bytes()
+    made = key.get()
+    assert published == [key.path, key.path, key.public_path] and key.path.read_bytes() == private
+    assert key.public_path.read_bytes() == encode_public(made.public_key())
+    ReceiptKey.of_storage(Failing(), tmp_path).get()
+    assert len(published) == 3, "what is complete is left alone"
