@@ -126,6 +126,8 @@ BARRIERS = [
             ("store/rotation.py:drop" + UNLINK,)),
     Barrier("a composed inverse's name", "store", "every older point", (REPLACED + PUBLISH,)),
     Barrier("a composed-away inverse's removal", "store", "points between", (REPLACED + UNLINK,)),
+    Barrier("a spare inverse's removal", "store", "nothing: the ones behind it become strays",
+            ("store/rotation.py:_remove_spare" + UNLINK,)),
     Barrier("the composed inverse before the removals", "store", "every older point",
             order=later(_at(REPLACED + " < durable.py:publish"), _at(REPLACED + UNLINK))),
     # recovery, after a kill that left what was written in the page cache only
