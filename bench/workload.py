@@ -2,6 +2,15 @@
 
 A quiet image in the proportions of a server's disk: 30 % holes, 15 % written
 zeros, 25 % compressible text, 30 % random, in runs of 1 MiB that are shuffled.
+
+| change | what is written |
+| --- | --- |
+| `idle` | nothing |
+| `grains` | 1 % of all 4 KiB grains, at random, with noise |
+| `runs` | 5 % of the 1 MiB runs, at random: text and noise as the image has them (25 : 30) |
+| `rewrite` | 80 % of the 1 MiB runs, at random: zeros, text and noise as the image has them (15 : 25 : 30) |
+
+Each ends with an fsync, so that nobody pays for somebody else's dirty pages. Holes that are hit get content.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ import numpy as np
 
 MIB = 1 << 20
 GRAIN = 4096
+CHANGES = ("idle", "grains", "runs", "rewrite")
 SHARES = (("hole", 0.30), ("zero", 0.15), ("text", 0.25), ("random", 0.30))
 
 
@@ -52,3 +62,28 @@ def change_random_grains(path: Path, share: float, seed: int) -> int:
             os.pwrite(file.fileno(), generator.bytes(GRAIN), grain * GRAIN)
         os.fsync(file.fileno())
     return len(chosen) * GRAIN
+
+
+def change_runs(path: Path, share: float, seed: int, kinds: tuple[str, ...]) -> int:
+    """Rewrite that share of the 1 MiB runs with new content of these kinds, in the image's proportions; bytes."""
+    generator = np.random.default_rng(seed)
+    weights = np.array([dict(SHARES)[kind] for kind in kinds])
+    runs = path.stat().st_size // MIB
+    chosen = np.sort(generator.choice(runs, max(1, round(runs * share)), replace=False)).tolist()
+    with path.open("r+b") as file:
+        for run in chosen:
+            kind = str(generator.choice(kinds, p=weights / weights.sum()))
+            os.pwrite(file.fileno(), content(kind, MIB, generator), run * MIB)
+        os.fsync(file.fileno())
+    return len(chosen) * MIB
+
+
+def change(path: Path, kind: str, seed: int) -> int:
+    """Make one of `CHANGES`; returns the bytes written."""
+    if kind == "grains":
+        return change_random_grains(path, 0.01, seed)
+    if kind == "runs":
+        return change_runs(path, 0.05, seed, ("text", "random"))
+    if kind == "rewrite":
+        return change_runs(path, 0.80, seed, ("zero", "text", "random"))
+    return 0
