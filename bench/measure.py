@@ -206,22 +206,24 @@ class Group:
 
     def _look(self) -> None:
         for pid in self._pids():
-            with suppress(OSError, AttributeError):
+            with suppress(OSError):
                 text = Path(f"/proc/{pid}/status").read_text()
-                command = text.split("\n", 1)[0].split("\t", 1)[1]
-                peak = int(re.search(r"VmHWM:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
-                self._peaks[pid] = (command, max(peak, self._peaks.get(pid, ("", 0))[1]))
+                found = re.search(r"VmHWM:\s+(\d+)", text)
+                if found:  # what has ended, and waits for its parent, has none
+                    command = text.split("\n", 1)[0].split("\t", 1)[1]
+                    before, peak = self._peaks.get(pid, ("", 0))
+                    self._peaks[pid] = (command, max(int(found[1]) * 1024, peak if command == before else 0))
 
 
 def pipeline(group: Group, stages: Sequence[Sequence[object]], **ends: Any) -> list[subprocess.Popen[bytes]]:
-    """Start a pipe of commands; `ends` may name `stdin` of the first and `stdout` of the last."""
+    """Start a pipe of commands; `ends` may name `stdin` of the first, `stdout` of the last, `stderr` of all."""
     started: list[subprocess.Popen[bytes]] = []
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
         source = started[-1].stdout if started else ends.get("stdin", subprocess.DEVNULL)
         sink = ends.get("stdout") if last else subprocess.PIPE
-        started.append(group.start(stage, stdin=source, stdout=sink))
-        if number and source is not None:
+        started.append(group.start(stage, stdin=source, stdout=sink, stderr=ends.get("stderr")))
+        if number:
             source.close()
     return started
 
