@@ -23,6 +23,7 @@ import numpy as np
 MIB = 1 << 20
 GRAIN = 4096
 CHANGES = ("idle", "grains", "runs", "rewrite")
+GRAINS_SHARE, RUNS_SHARE, REWRITE_SHARE = 0.01, 0.05, 0.80
 SHARES = (("hole", 0.30), ("zero", 0.15), ("text", 0.25), ("random", 0.30))
 
 
@@ -55,10 +56,9 @@ def content(kind: str, length: int, generator: np.random.Generator) -> bytes:
 def change_random_grains(path: Path, share: float, seed: int) -> int:
     """Rewrite that share of all grains, at random, with noise; returns the bytes changed."""
     generator = np.random.default_rng(seed)
-    grains = path.stat().st_size // GRAIN
-    chosen = generator.choice(grains, max(1, round(grains * share)), replace=False)
+    chosen = _choose(generator, path.stat().st_size // GRAIN, share)
     with path.open("r+b") as file:
-        for grain in np.sort(chosen).tolist():
+        for grain in chosen:
             os.pwrite(file.fileno(), generator.bytes(GRAIN), grain * GRAIN)
         os.fsync(file.fileno())
     return len(chosen) * GRAIN
@@ -68,8 +68,7 @@ def change_runs(path: Path, share: float, seed: int, kinds: tuple[str, ...]) -> 
     """Rewrite that share of the 1 MiB runs with new content of these kinds, in the image's proportions; bytes."""
     generator = np.random.default_rng(seed)
     weights = np.array([dict(SHARES)[kind] for kind in kinds])
-    runs = path.stat().st_size // MIB
-    chosen = np.sort(generator.choice(runs, max(1, round(runs * share)), replace=False)).tolist()
+    chosen = _choose(generator, path.stat().st_size // MIB, share)
     with path.open("r+b") as file:
         for run in chosen:
             kind = str(generator.choice(kinds, p=weights / weights.sum()))
@@ -81,9 +80,21 @@ def change_runs(path: Path, share: float, seed: int, kinds: tuple[str, ...]) -> 
 def change(path: Path, kind: str, seed: int) -> int:
     """Make one of `CHANGES`; returns the bytes written."""
     if kind == "grains":
-        return change_random_grains(path, 0.01, seed)
+        return change_random_grains(path, GRAINS_SHARE, seed)
     if kind == "runs":
-        return change_runs(path, 0.05, seed, ("text", "random"))
+        return change_runs(path, RUNS_SHARE, seed, ("text", "random"))
     if kind == "rewrite":
-        return change_runs(path, 0.80, seed, ("zero", "text", "random"))
+        return change_runs(path, REWRITE_SHARE, seed, ("zero", "text", "random"))
     return 0
+
+
+def places(size_bytes: int, kind: str, seed: int) -> list[tuple[int, int]]:
+    """Where `change` writes: (offset, length) in bytes, ascending."""
+    unit = GRAIN if kind == "grains" else MIB
+    share = {"grains": GRAINS_SHARE, "runs": RUNS_SHARE, "rewrite": REWRITE_SHARE}[kind]
+    return [(n * unit, unit) for n in _choose(np.random.default_rng(seed), size_bytes // unit, share)]
+
+
+def _choose(generator: np.random.Generator, count: int, share: float) -> list[int]:
+    chosen: list[int] = np.sort(generator.choice(count, max(1, round(count * share)), replace=False)).tolist()
+    return chosen
