@@ -1,8 +1,7 @@
 """A replica site and a sender for a benchmark: the real processes, over loopback, and what they cost.
 
     with Lab(directory, image) as lab:
-        result, seconds = lab.sync()              a fresh `replica sync`
-        cycle = lab.fresh()                       the same, with its cost
+        cycle = lab.fresh()                       a fresh `replica sync`
         with lab.daemon() as daemon:
             cycle = daemon.cycle()                the next cycle of `replica run`
 
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from bench.measure import Cost, Group, free_port, wait_listening
 from bench.tls import REPLICA, Certificates
@@ -42,13 +41,12 @@ class Cycle:
 
 
 class Lab:
-    """PKI, configuration, a running receiver; `sync` runs one sender process. Its directory may hold one more."""
+    """PKI, configuration, a running receiver; senders as they are asked for."""
 
     def __init__(self, directory: Path, image: Path, *, storage: Path | None = None) -> None:
         """`storage`: where the replicas lie; in `directory` without it."""
         directory.mkdir(exist_ok=True)
         self.directory, self.image = directory, image
-        self.sender_peak_bytes = 0
         self.certificates = Certificates(directory / "pki")
         self.port = free_port()
         self.receiver_toml, self.sender_toml = directory / "receiver.toml", directory / "sender.toml"
@@ -74,28 +72,17 @@ class Lab:
             print((directory / "receiver.log").read_text(), file=sys.stderr)
             raise
 
-    def sync(self) -> tuple[dict[str, Any], float]:
-        """One `replica sync --json` as a fresh process: its result and the wall time of the whole process."""
-        with self.measured() as cost:
-            result = self._sync()
-        self.sender_peak_bytes = max(self.sender_peak_bytes, cost.peaks["sender"])
-        return result, cost.wall_seconds
-
     def fresh(self) -> Cycle:
         """One `replica sync` as a fresh process, from its start to its end."""
         with self.measured() as cost:
-            result = self._sync()
-        return Cycle(cost, result["bytes_changed"], result["bytes_wire"])
-
-    def _sync(self) -> dict[str, Any]:
-        process = self.senders.start(
-            [*REPLICA, "sync", "web-1", "-c", self.sender_toml, "--json"], stdout=subprocess.PIPE
-        )
-        output, _ = process.communicate()
+            process = self.senders.start(
+                [*REPLICA, "sync", "web-1", "-c", self.sender_toml, "--json"], stdout=subprocess.PIPE
+            )
+            output, _ = process.communicate()
         if process.returncode:
             raise SystemExit("sync failed")
-        result: dict[str, Any] = json.loads(output)[0]
-        return result
+        result = json.loads(output)[0]
+        return Cycle(cost, result["bytes_changed"], result["bytes_wire"])
 
     @contextmanager
     def measured(self) -> Iterator[Cost]:
@@ -122,9 +109,6 @@ class Lab:
     def head(self) -> Path:
         """The image file of the newest point at the replica."""
         return next(self.storage.glob("*/head/*.img"))
-
-    def receiver_peak_bytes(self) -> int:
-        return max(self.receivers.peaks().values())
 
     def close(self) -> None:
         self.senders.close()
