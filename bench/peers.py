@@ -253,11 +253,14 @@ class Rsync(Peer):
             wait_listening(self._port, group.start(self._serve))
             with group.measured() as cost:
                 process = group.start(
-                    self._run, env={**os.environ, "RSYNC_CONNECT_PROG": tunnel}, stdout=subprocess.PIPE
+                    self._run,
+                    env={**os.environ, "RSYNC_CONNECT_PROG": tunnel},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                 )
-                said, _ = process.communicate()
+                said, errors = process.communicate()
         if process.returncode:
-            raise SystemExit(f"rsync failed with {process.returncode}")
+            raise SystemExit(f"rsync failed: {errors.decode(errors='replace').strip()}")
         totals = re.findall(r"^Total bytes (?:sent|received): ([\d,]+)$", said.decode(), re.MULTILINE)
         cost.wire_bytes = sum(int(total.replace(",", "")) for total in totals)
         self._note(self._serve, [f"RSYNC_CONNECT_PROG={tunnel}"], self._run)
