@@ -33,7 +33,7 @@ import zstandard
 
 from bench import report
 from bench.criteria import judge
-from bench.limits import openssl_seconds, pread_all
+from bench.limits import openssl_seconds, pread_all, pread_allocated
 from bench.measure import Cost, Group, isolate, say
 from bench.peers import PEERS, Peer
 from bench.site import Cycle, Lab
@@ -252,6 +252,7 @@ class Bench:
             for _ in range(3):
                 pread_all(self._image, 1)
                 timed("pread", lambda: pread_all(self._image, 2))
+                timed("pread_allocated", lambda: pread_allocated(self._image, 2))
                 timed("scan", scan.scan)
             timed("cat_cpu", self._cat)
             timed("segments", lambda: segments_seconds(self._directory, stream.stat().st_size))
