@@ -1,6 +1,7 @@
 """What must hold of one run's figures: each criterion a ratio to a limit or a peer of the same run. Pure.
 
-`figures` is the document of `bench.cycle`. A number with a plus is stricter than what is asked for. A criterion whose peer was not there is not judged.
+`figures` is the document of `bench.cycle`. A number with a plus is stricter than what is asked for. A criterion whose
+peer was not there is not judged.
 """
 
 from __future__ import annotations
