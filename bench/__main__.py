@@ -1,6 +1,6 @@
 """`make bench`: what this machine can do, what the product makes of it, and what its peers do, in one run.
 
-    python -m bench [--size-mib 1024] [--runs 1] [--full] [--out .bench] [--dir DIR]
+    python -m bench [--size-mib 512] [--runs 1] [--full] [--out .bench] [--dir DIR]
 
 First the ceilings (`bench.limits`), then single stages, then every cycle beside its peers (`bench.cycle`). Writes
 `bench.json` and, where matplotlib is installed, plots into `--out`. `--full`: 4 GiB, medians of three, and the peers
@@ -26,18 +26,18 @@ QUICK_PEERS = ("btrfs", "nbdcopy", "rsync")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="4 GiB, medians of three, every peer")
-    parser.add_argument("--size-mib", type=int, help="size of the image (default 1024; 4096 with --full)")
+    parser.add_argument("--size-mib", type=int, help="size of the image (default 512; 4096 with --full)")
     parser.add_argument("--runs", type=int, help="rounds, the median counts (default 1; 3 with --full)")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="for the JSON and the plots (default .bench)")
     parser.add_argument("--dir", type=Path, help="where to work (default: a temporary directory)")
     options = parser.parse_args()
-    size = (options.size_mib or (4096 if options.full else 1024)) * MIB
+    size = (options.size_mib or (4096 if options.full else 512)) * MIB
     runs = options.runs or (3 if options.full else 1)
     options.out.mkdir(parents=True, exist_ok=True)
     isolated = isolate()
     with tempfile.TemporaryDirectory(prefix="replica-bench-", dir=options.dir) as temporary:
         directory = Path(temporary)
-        ceilings = limits.measure(directory, min(size, 512 * MIB), max(runs, 2))
+        ceilings = limits.measure(directory, min(size, 256 * MIB), max(runs, 2))
         limits.report(ceilings)
         alone = _stages(directory, size, max(runs, 2))
         peers = list(PEERS if options.full else QUICK_PEERS)

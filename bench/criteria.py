@@ -80,7 +80,7 @@ def _changes(figures: dict[str, Any]) -> Iterator[Verdict]:
 
 def _wire(figures: dict[str, Any]) -> Iterator[Verdict]:
     for letter, scenario in (("a", "grains"), ("b", "runs")):
-        packed = _get(figures, f"packed_{scenario}")
+        packed = _of(figures, scenario, "daemon", "packed_bytes")
         wire = _of(figures, scenario, "daemon", "wire_bytes")
         yield Verdict(f"7{letter}", f"{scenario}, wire ÷ (zstd -1 of grains + 8 B each)", _ratio(wire, packed), 1.02)
     ours, theirs = _get(figures, "segments"), _get(figures, "tls_openssl")
@@ -107,7 +107,7 @@ def _get(figures: dict[str, Any], name: str) -> float | None:
 
 def _of(figures: dict[str, Any], scenario: str, who: str, what: str) -> float | None:
     entry = figures["scenarios"].get(scenario, {}).get(who)
-    return None if entry is None else float(entry["median"][what])
+    return None if entry is None or what not in entry["median"] else float(entry["median"][what])
 
 
 def _wall(figures: dict[str, Any], scenario: str, who: str) -> float | None:

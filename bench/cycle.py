@@ -5,7 +5,8 @@
 
 Ours are `replica serve` with `replica run` (called daemon) and with a fresh `replica sync` (called fresh): from contact
 over freeze to the committed point, every leaf read back. The peers are in `bench.peers`. In every round each gets the
-same kind of change (`bench.workload`) in its own image, one after the other, and the image it is going to read is read
+same kind of change (`bench.workload`) in its own image (a peer with an image of its own the very bytes that the daemon
+ships), one after the other, and the image it is going to read is read
 once before, so that every cache is warm. A peer that reads our image is brought up to date first, so that it ships one
 change, too. Medians of `--runs` rounds; peers that are slow by an order (`ONCE`) are measured in the first one only.
 
@@ -163,15 +164,16 @@ class Bench:
             for _ in range(2):  # what others changed meanwhile, and one for the connection
                 daemon.cycle()
             seed = self._change(self._image, scenario)
-            self._keep(scenario, "daemon", daemon.cycle())
-        if scenario in ("grains", "runs") and number == 0:
-            self.figures["single"][f"packed_{scenario}"] = self._packed(scenario, seed)
+            packed = {} if scenario == "idle" else {"packed_bytes": self._packed(scenario, seed)}
+            self._keep(scenario, "daemon", daemon.cycle(), packed)
         self._change(self._image, scenario)
         self._keep(scenario, "fresh", lab.fresh())
         for peer in self._measured(scenario, number):
             if peer.image == self._image and peer.ships_changes:
                 peer.ship()
-            if peer.image != self._image or peer.ships_changes:
+            if peer.image != self._image:  # what the daemon shipped, byte for byte
+                self._change(peer.image, scenario, seed)
+            elif peer.ships_changes:
                 self._change(peer.image, scenario)
             self._peer(scenario, peer, peer.ship)
 
@@ -192,11 +194,14 @@ class Bench:
             if (peer.ships_changes or scenario in COPIES_ALL) and (number == 0 or peer.name not in ONCE)
         ]
 
-    def _change(self, image: Path, scenario: str) -> int:
-        self._seed += 1
-        change(image, scenario, self._seed)
+    def _change(self, image: Path, scenario: str, seed: int | None = None) -> int:
+        """Change it, with a new seed if none is given, and read it once; the seed."""
+        if seed is None:
+            self._seed += 1
+            seed = self._seed
+        change(image, scenario, seed)
         pread_all(image, 1)
-        return self._seed
+        return seed
 
     def _peer(self, scenario: str, peer: Peer, work: Callable[[], Cost]) -> None:
         pread_all(peer.image, 1)
@@ -206,9 +211,9 @@ class Bench:
         self._add_run(scenario, peer.name, cost.as_dict())
         self.figures["peers"][peer.name]["commands"][scenario] = peer.commands
 
-    def _keep(self, scenario: str, who: str, cycle: Cycle) -> None:
+    def _keep(self, scenario: str, who: str, cycle: Cycle, more: dict[str, int] | None = None) -> None:
         run = cycle.cost.as_dict() | {"changed_bytes": cycle.changed_bytes, "http_bytes": cycle.http_bytes}
-        self._add_run(scenario, who, run)
+        self._add_run(scenario, who, run | (more or {}))
 
     def _add_run(self, scenario: str, who: str, run: dict[str, Any]) -> None:
         run["load"] = os.getloadavg()[0]
