@@ -8,7 +8,8 @@ over freeze to the committed point, every leaf read back. The peers are in `benc
 same kind of change (`bench.workload`) in its own image, one after the other; a peer with an image of its own the very
 bytes that the daemon ships. The image to be read is read once before, so that every cache is warm. A peer that reads
 our image is brought up to date first, so that it ships one change, too. Medians of `--runs` rounds; peers that are slow
-by an order (`ONCE`) are measured in the first one only. Peak memory is a process's since it began, the receiver's of all
+by an order (`ONCE`) are measured in the first one only. Peak memory is a process's since it began, so the receiver's is
+that of all
 rounds so far.
 
 A criterion (`bench.criteria`) is a ratio within this run. On a machine that is busy with other things all of them are
