@@ -9,8 +9,7 @@ same kind of change (`bench.workload`) in its own image, one after the other; a 
 bytes that the daemon ships. The image to be read is read once before, so that every cache is warm. A peer that reads
 our image is brought up to date first, so that it ships one change, too. Medians of `--runs` rounds; peers that are slow
 by an order (`ONCE`) are measured in the first one only. Peak memory is a process's since it began, so the receiver's is
-that of all
-rounds so far.
+that of all rounds so far.
 
 A criterion (`bench.criteria`) is a ratio within this run. On a machine that is busy with other things all of them are
 slower, and not all by the same factor: the load is printed.
