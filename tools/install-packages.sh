@@ -2,8 +2,9 @@
 # Make sure the system has what `make install` and the tests need, as Debian and Ubuntu package it.
 #
 # Needed to build: a C linker and Rust 1.85 or newer. Needed by tests and demo: qemu-img and qemu-io,
-# ext4 and partition tools, loop devices. As root, what is missing is installed with apt-get. Otherwise
-# the exact command is printed: and what the build needs ends the run, what only tests need does not.
+# ext4 and partition tools, loop devices. With --bench also the peers that `make bench-full` measures.
+# As root, what is missing is installed with apt-get. Otherwise the exact command is printed: and what
+# the build needs ends the run, what only tests and benchmarks need does not.
 set -euo pipefail
 PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin"
 for versioned in /usr/lib/rust-1.*/bin; do PATH="$PATH:$versioned"; done
@@ -38,6 +39,18 @@ refuse_rust() {
 }
 
 build=() tools=() updated=no
+if [ "${1:-}" = --bench ]; then
+    has openssl || tools+=(openssl)
+    has btrfs || tools+=(btrfs-progs)
+    has zstd || tools+=(zstd)
+    has nbdcopy || tools+=(libnbd-bin)
+    has nbdkit || tools+=(nbdkit)
+    has rsync || tools+=(rsync)
+    has stunnel || tools+=(stunnel4)
+    has borg || tools+=(borgbackup)
+    has restic || tools+=(restic)
+    has b3sum || tools+=(b3sum)
+fi
 has cc || build+=(gcc libc6-dev)
 has qemu-img && has qemu-io || tools+=(qemu-utils)
 has mkfs.ext4 && has e2fsck && has debugfs || tools+=(e2fsprogs)
@@ -48,7 +61,7 @@ has unshare || tools+=(util-linux)
 if ! has apt-get; then
     has cargo || refuse_rust "there is no cargo"
     [ ${#build[@]} -eq 0 ] || { echo "A C compiler (cc) is needed for the native core: install one." >&2; exit 1; }
-    [ ${#tools[@]} -eq 0 ] || echo "Missing for tests and demo (names as on Debian): ${tools[*]}" >&2
+    [ ${#tools[@]} -eq 0 ] || echo "Missing for tests, demo and benchmarks (names as on Debian): ${tools[*]}" >&2
 else
     if ! has cargo; then
         if [ "$(id -u)" -eq 0 ]; then
@@ -68,7 +81,7 @@ else
         echo "Some system packages are missing. Please run:" >&2
         echo "    sudo apt-get install --no-install-recommends ${missing[*]}" >&2
         [ ${#build[@]} -eq 0 ] || exit 1
-        echo "The build goes on; tests and demo need them." >&2
+        echo "The build goes on; tests, demo and benchmarks need them." >&2
     fi
 fi
 
