@@ -35,7 +35,7 @@ from uuid import UUID
 from replica.durable import File, FileSystem
 from replica.errors import ImageError
 from replica.images import vhd_format as vhd
-from replica.images.image import check_range, coalesce, writable_bytes
+from replica.images.image import ImageFile, check_range, coalesce, writable_bytes
 from replica.model import MAX_DISK_BYTES, SECTOR_BYTES, random_id
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ class FlatImage:
     def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         """Let clean pages go, so that the next read comes from the device; length 0 means to the end."""
         self._file.drop_cache(offset, length)
+
+    @property
+    def files(self) -> tuple[ImageFile, ...]:
+        info = self._file.stat()
+        return (ImageFile(self.path, info.st_dev, info.st_ino),)
 
     def has_name(self) -> bool:
         """Whether its file is still the one with its name (`File.has_name`)."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class ImageFile(NamedTuple):
+    """A file that is open under an image, whatever its path names by now."""
+
+    path: Path
+    device: int
+    inode: int
 
 
 class Image(Protocol):
@@ -68,8 +76,8 @@ class Image(Protocol):
         ...
 
     @property
-    def file_id(self) -> tuple[int, int]:
-        """Device and inode of the file that is open here, whatever its path names by now."""
+    def files(self) -> tuple[ImageFile, ...]:
+        """Every file that is open here: the image's own first, then its parents in a differencing chain."""
         ...
 
     def close(self) -> None:

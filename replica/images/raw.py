@@ -33,7 +33,7 @@ class RawImage:
         self.path: Path = source.path
         self.size_bytes = source.size_bytes
         self.sector_bytes = source.sector_bytes
-        self.file_id = source.file_id
+        self.files = (source.file,)
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> RawImage:

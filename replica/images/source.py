@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from replica.durable import File, FileSystem
 from replica.errors import ImageError, StorageError
-from replica.images.image import coalesce
+from replica.images.image import ImageFile, coalesce
 from replica.model import SECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Source:
         self._device = device
         with image_errors(path):
             info = file.stat()
-        self.file_id = (info.st_dev, info.st_ino)
-        """Device and inode of what is open, whatever the path names by now."""
+        self.file = ImageFile(path, info.st_dev, info.st_ino)
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> Source:

@@ -54,7 +54,7 @@ class VhdImage:
         self.path: Path = source.path
         self.footer, data_stop, self.end_damaged = _find_footer(source)
         self.size_bytes = _checked_size(source, self.footer)
-        self.file_id = source.file_id
+        self.files = (source.file,)
         self._blocks: BlockMap | None = None
         if self.footer.disk_type == DiskType.DYNAMIC:
             self._blocks = _open_blocks(source, self.footer, self.size_bytes, data_stop)
