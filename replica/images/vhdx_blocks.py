@@ -86,10 +86,15 @@ class BlockMap:
         self._lock = threading.Lock()
 
     def outline(self, start: int, stop: int) -> Extents:
-        """What the file may answer for in [start, stop), from the table alone (`overlay.Layer`)."""
-        stop = min(stop, self._metadata.size_bytes)
+        """What the file may answer for in [start, stop), from the table alone (`overlay.Layer`).
+
+        Behind the disk's end it answers with zeros, so that a child that is larger does not see a larger parent's.
+        """
+        end = self._metadata.size_bytes
+        beyond = make_extents([max(start, end)], [stop], [ZEROS])[: stop > end]
+        stop = min(stop, end)
         if start >= stop:
-            return make_extents([], [], [])
+            return beyond
         first, last = start // self.block_bytes, -(-stop // self.block_bytes)
         table = self._table[first:last]
         blocks = np.flatnonzero(table)
@@ -102,8 +107,12 @@ class BlockMap:
         ends = np.append(heads[1:], len(blocks))
         place = np.where(lies, (entries & np.uint32(_PLACE)).astype(np.int64) * MIB, ZEROS)[heads]
         begin = (first + blocks[heads]) * self.block_bytes
-        end = begin + (ends - heads) * self.block_bytes
-        return clip(make_extents(begin, end, place, entries[heads] < _PARTIAL), start, stop)
+        rows = clip(
+            make_extents(begin, begin + (ends - heads) * self.block_bytes, place, entries[heads] < _PARTIAL),
+            start,
+            stop,
+        )
+        return np.concatenate([rows, beyond]) if len(beyond) else rows
 
     def extents(self, start: int, stop: int) -> Extents:
         """What the file answers for in [start, stop), sector bitmaps looked at (`overlay.Layer`)."""
@@ -173,7 +182,7 @@ class BlockMap:
             block = int(np.argmin(allowed))
             problem = f"block {first + block} is in state {int(states[block])}, which is not allowed"
             raise damaged(self._source, problem)
-        limit = self._source.size_bytes // MIB
+        limit = -(-self._source.size_bytes // MIB)
         outside = lies & ((places < 1) | (places >= limit))
         if outside.any():
             block = int(np.argmax(outside))

@@ -64,6 +64,11 @@ _REGION: Final = struct.Struct("<16sQII")
 _CHECKSUM: Final = slice(4, 8)
 
 
+def encode_identifier(creator: str) -> bytes:
+    """The file type identifier (§2.2.1) in 64 KiB; the creator has at most 256 UTF-16 units."""
+    return (SIGNATURE + creator.encode("utf-16-le").ljust(512, b"\0")).ljust(HEADER_OFFSETS[0], b"\0")
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A header whose signature and checksum fit (§2.2.2)."""
