@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from replica.durable import FileSystem
@@ -12,14 +12,13 @@ from replica.images.raw import RawImage
 from replica.images.source import image_errors
 from replica.images.vhd import VhdImage
 
-FORMATS: dict[str, Callable[[FileSystem, Path], Image]] = {"raw": RawImage.open, "vhd": VhdImage.open}
+FORMATS: dict[str, Callable[[FileSystem, Path, Sequence[Path]], Image]] = {"raw": RawImage.open, "vhd": VhdImage.open}
 """The words of `format =`, and what opens such an image."""
 
-_EXTENSIONS = {".raw": "raw", ".img": "raw", ".vhd": "vhd"}
+_EXTENSIONS = {".raw": "raw", ".img": "raw", ".vhd": "vhd", ".avhd": "vhd"}
 _MERGE = "merge it with its parents in the hypervisor (delete the snapshot) and name the whole disk"
 _CONVERT = 'convert it to a VHD ("qemu-img convert -O vpc -o force_size=on ...") while the machine is off'
 _UNSUPPORTED = {
-    ".avhd": _MERGE,
     ".avhdx": _MERGE,
     ".vhdx": _CONVERT,
     ".qcow2": _CONVERT,
@@ -53,6 +52,11 @@ def format_of(path: Path, format: str | None = None) -> str:
     return _EXTENSIONS[extension]
 
 
-def open(path: Path, format: str | None = None, *, fs: FileSystem | None = None) -> Image:
-    """Open an image for reading. ImageError: not there, unreadable, or not of its format."""
-    return FORMATS[format_of(path, format)](fs or FileSystem(), path)
+def open(path: Path, format: str | None = None, *, fs: FileSystem | None = None, parents: Sequence[Path] = ()) -> Image:
+    """Open an image, and all its parents, for reading.
+
+    `parents`: folders, besides the image's own, that parents of a differencing image may lie in.
+
+    ImageError: not there, unreadable, not of its format, or without its parents.
+    """
+    return FORMATS[format_of(path, format)](fs or FileSystem(), path, parents)

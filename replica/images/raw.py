@@ -6,7 +6,7 @@ says nothing about its zeros: all of it counts as allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -36,7 +36,8 @@ class RawImage:
         self.files = (source.file,)
 
     @classmethod
-    def open(cls, fs: FileSystem, path: Path) -> RawImage:
+    def open(cls, fs: FileSystem, path: Path, parents: Sequence[Path] = ()) -> RawImage:
+        """A raw image has no parents."""
         source = Source.open(fs, path)
         try:
             return cls(source)

@@ -42,6 +42,7 @@ class Source:
         with image_errors(path):
             info = file.stat()
         self.file = ImageFile(path, info.st_dev, info.st_ino)
+        self.modified_at = info.st_mtime
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> Source:
