@@ -34,6 +34,7 @@ import numpy as np
 from replica.durable import FileSystem
 from replica.errors import ImageError
 from replica.images.chain import Parent, close_all, open_chain
+from replica.images.facts import FileFacts
 from replica.images.image import ImageFile, check_range, coalesce, writable_bytes
 from replica.images.overlay import EXTENT, Overlay, make_extents
 from replica.images.source import Source
@@ -108,6 +109,21 @@ class VhdLayer:
 
         return Parent((*_located_names(self.source, header), header.parent_name), misfit)
 
+    def facts(self, parent: VhdLayer | None) -> FileFacts:
+        """What can be said of this file; `parent` is the one that was found."""
+        footer = self.footer
+        return FileFacts(
+            path=str(self.source.path),
+            subformat=self.kind.name.lower(),
+            size_bytes=self.size_bytes,
+            sizes={"current": footer.current_size_bytes, "geometry": footer.geometry.size_bytes},
+            id=str(footer.unique_id),
+            creator=footer.creator.decode("ascii", "backslashreplace").rstrip(" \0"),
+            block_bytes=None if self.header is None else self.header.block_bytes,
+            allocated_bytes=None if self.blocks is None else self.blocks.count_allocated * self.blocks.block_bytes,
+            remarks=tuple(self.remarks(parent)),
+        )
+
     def remarks(self, parent: VhdLayer | None) -> list[str]:
         """What an operator should know of this file, though it can be read."""
         remarks = []
@@ -168,6 +184,10 @@ class VhdImage:
         target = writable_bytes(buffer)
         check_range(self.path, offset, len(target), self.size_bytes)
         self._overlay.read_into(offset, target)
+
+    def facts(self) -> tuple[FileFacts, ...]:
+        parents = (*self.layers[1:], None)
+        return tuple(layer.facts(parent) for layer, parent in zip(self.layers, parents, strict=True))
 
     def close(self) -> None:
         close_all(self.layers)
