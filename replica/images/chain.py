@@ -101,12 +101,17 @@ def candidates(child: Path, names: Sequence[str], permitted: Sequence[Path]) -> 
     tries = [home / path for path in paths]
     tries += [folder / path.rstrip("/").rpartition("/")[2] for path in paths for folder in (home, *permitted)]
     for place in dict.fromkeys(Path(os.path.normpath(place)) for place in tries):
-        if _inside(place, permitted):
+        if _inside(place, permitted) and _can_be(place):
             yield place
 
 
 def _inside(place: Path, folders: Sequence[Path]) -> bool:
     return any(folder in place.parents for folder in folders)
+
+
+def _can_be(place: Path) -> bool:
+    """Whether Linux has names and paths of that length."""
+    return max(map(len, map(os.fsencode, place.parts))) <= 255 and len(os.fsencode(place)) < 4096
 
 
 def _find(
@@ -138,7 +143,7 @@ def _find(
             return layer
         source.close()
         problems.append(f"{place} {misfit}")
-    named = parent.names[0] if parent.names else "without a name"
+    named = next(filter(None, parent.names), "without a name")
     if problems:
         raise ImageError(
             f"image {child} is a differencing image whose parent ({named}) cannot be used: {'; '.join(problems)}",

@@ -187,7 +187,7 @@ class FlatImage:
         return self._data_bytes + (vhd.FOOTER_BYTES if self.format == "vhd" else 0)
 
     def _footer(self) -> bytes:
-        return vhd.Footer.fixed(self._data_bytes, self.unique_id).encode()
+        return vhd.Footer.new(vhd.DiskType.FIXED, self._data_bytes, self.unique_id).encode()
 
     def _lay_out(self, kept: int = 0) -> None:
         """Keep the first `kept` bytes, zeros (a hole) up to the size, padding, footer.

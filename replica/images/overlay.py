@@ -35,6 +35,8 @@ EXTENT: Final = np.dtype([("start", np.int64), ("stop", np.int64), ("place", np.
 """Half-open in bytes of the disk; `place` in bytes of the layer's file. Rows ascend and are disjoint."""
 ZEROS: Final = -1
 _BLOCKS_PER_STEP: Final = 1 << 16
+_READ_OVER_BYTES: Final = 64 << 10
+"""A gap that costs less to read than to leave out."""
 
 
 class Layer(Protocol):
@@ -42,6 +44,11 @@ class Layer(Protocol):
 
     @property
     def source(self) -> Source: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of its disk: behind it is nothing but zeros, whatever its parents hold there."""
+        ...
 
     @property
     def block_bytes(self) -> int:
@@ -91,20 +98,22 @@ class Overlay:
         """Fill `target` from the disk; the caller has checked the range."""
         missing = make_extents([offset], [offset + len(target)], [ZEROS])
         for layer in self._layers:
+            beyond = clip(missing, layer.size_bytes, offset + len(target))
+            _fill_zeros(target, offset, beyond)
+            missing = clip(missing, offset, layer.size_bytes)
             if not len(missing):
                 return
             found = layer.extents(int(missing["start"][0]), int(missing["stop"][-1]))
             if len(missing) > 1:
                 found = _intersection(found, missing)
-            for start, stop, place, _ in found.tolist():
+            for start, stop, place, _ in _reads(found, missing).tolist():
                 part = target[start - offset : stop - offset]
                 if place == ZEROS:
                     part[:] = 0
                 else:
                     layer.source.read_into(place, part.data)
             missing = _difference(missing, found)
-        for start, stop, _, _ in missing.tolist():
-            target[start - offset : stop - offset] = 0
+        _fill_zeros(target, offset, missing)
 
     def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges that may hold anything but zeros and are no holes of a file. Ascending; may touch."""
@@ -122,6 +131,7 @@ class Overlay:
             return
         ranges: list[tuple[int, int]] = []
         for layer, cursor in zip(self._layers, cursors, strict=True):
+            missing = clip(missing, start, layer.size_bytes)
             if not len(missing):
                 break
             found = _intersection(layer.outline(int(missing["start"][0]), int(missing["stop"][-1])), missing)
@@ -132,6 +142,11 @@ class Overlay:
             if end > reached:
                 yield max(begin, reached), end
                 reached = end
+
+
+def _fill_zeros(target: Bytes, offset: int, rows: Extents) -> None:
+    for start, stop, _, _ in rows.tolist():
+        target[start - offset : stop - offset] = 0
 
 
 def _data(rows: Extents, cursor: DataCursor) -> Iterator[tuple[int, int]]:
@@ -156,6 +171,23 @@ def _intersection(rows: Extents, ranges: Extents) -> Extents:
     found["start"] += cut
     found["stop"] = np.minimum(found["stop"], other["stop"])
     return found
+
+
+def _reads(found: Extents, missing: Extents) -> Extents:
+    """Rows that lie close together in the file as on the disk, as one read over what is between them.
+
+    Only inside one range that is still missing: what is read too much is overwritten by the layers below.
+    """
+    if len(found) < 2:
+        return found
+    ranges = np.searchsorted(missing["start"], found["start"], side="right")
+    shifts = np.where(found["place"] == ZEROS, ZEROS, found["place"] - found["start"])
+    near = found["start"][1:] - found["stop"][:-1] <= _READ_OVER_BYTES
+    joined = near & (ranges[1:] == ranges[:-1]) & (shifts[1:] == shifts[:-1]) & (found["place"][1:] != ZEROS)
+    first = np.concatenate(([True], ~joined))
+    rows = found[first]
+    rows["stop"] = found["stop"][np.concatenate((~joined, [True]))]
+    return rows
 
 
 def _difference(ranges: Extents, rows: Extents) -> Extents:

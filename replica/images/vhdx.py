@@ -29,12 +29,15 @@ from uuid import UUID
 from replica.durable import FileSystem
 from replica.errors import ImageError
 from replica.images.chain import Parent, close_all, open_chain
+from replica.images.facts import FileFacts
 from replica.images.image import ImageFile, check_range, coalesce, writable_bytes
 from replica.images.overlay import Overlay
 from replica.images.source import Source
+from replica.images.vhd_blocks import ChainMemory
 from replica.images.vhdx_blocks import BlockMap
 from replica.images.vhdx_format import (
     BAT_REGION,
+    CREATOR_BYTES,
     HEADER_BYTES,
     HEADER_OFFSETS,
     HEADER_SECTION_BYTES,
@@ -54,73 +57,38 @@ from replica.images.vhdx_replay import ReplayedSource
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from replica.images.overlay import Extents
+
 _PATHS = ("relative_path", "volume_path", "absolute_win32_path")
 """Of the parent, in the order in which they are tried."""
 
 
-class VhdxImage:
-    """A VHDX with its parents, read-only. Thread-safe. Opening costs one pass over each file's allocation table."""
-
-    format = "vhdx"
-
-    def __init__(self, layers: Sequence[VhdxLayer]) -> None:
-        self.layers = tuple(layers)
-        """The image's own file first, then its parents."""
-        top = self.layers[0]
-        self.path: Path = top.source.path
-        self.size_bytes = top.metadata.size_bytes
-        self.sector_bytes = top.metadata.sector_bytes
-        self.subformat = top.subformat
-        self._overlay = Overlay(self.layers)
-
-    @classmethod
-    def open(cls, fs: FileSystem, path: Path, folders: Sequence[Path] = ()) -> VhdxImage:
-        """ImageError: not there, unreadable, no VHDX, damaged, or a parent that is none or not in the `folders`.
-
-        Parents are looked for in the image's own folder and in `folders` only (`chain`).
-        """
-        return cls(open_chain(fs, path, VhdxLayer, folders))
-
-    @property
-    def files(self) -> tuple[ImageFile, ...]:
-        return tuple(layer.source.file for layer in self.layers)
-
-    def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        return coalesce(self._overlay.allocated(max(start, 0), min(stop, self.size_bytes)))
-
-    def read_into(self, offset: int, buffer: Buffer) -> None:
-        target = writable_bytes(buffer)
-        check_range(self.path, offset, len(target), self.size_bytes)
-        self._overlay.read_into(offset, target)
-
-    def close(self) -> None:
-        close_all(self.layers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
 class VhdxLayer:
-    """What one VHDX file holds, without its parents: a layer of the overlay and of the chain."""
+    """One VHDX file: its structures and its own blocks, without its parents. Thread-safe once `load` is done."""
 
-    def __init__(self, source: Source) -> None:
-        """Read the file's structures. ImageError; the file is not closed then."""
+    def __init__(self, source: Source, memory: ChainMemory) -> None:
+        """Read the headers, replay the log, read the metadata. ImageError; the file is not closed then."""
         self.header, self.damaged_headers = _current_header(source)
         self.replayed_entries = 0
-        """Entries of the log that were not yet in place."""
-        self.source = self._replayed(source)
-        regions, self.damaged_tables = _regions(self.source)
-        self.metadata = _metadata(self.source, regions[METADATA_REGION])
-        self.block_bytes = self.metadata.block_bytes
-        reserved = [region for region in regions.values() if region.length]
+        """Entries of the log that need not be in place yet."""
+        self.source = self._replayed(source, memory)
+        self._regions, self.damaged_tables = _regions(self.source)
+        self.metadata = _metadata(self.source, self._regions[METADATA_REGION])
+        self.size_bytes, self.block_bytes = self.metadata.size_bytes, self.metadata.block_bytes
+        self.parent = self._parent() if self.metadata.has_parent else None
+
+    def load(self, memory: ChainMemory) -> None:
+        """Read and check the allocation table. ImageError."""
+        reserved = [region for region in self._regions.values() if region.length]
         if self.header.log_bytes:
             reserved.append(Region(self.header.log_offset, self.header.log_bytes))
-        blocks = BlockMap(self.source, regions[BAT_REGION], self.metadata, reserved)
-        self.extents, self.outline = blocks.extents, blocks.outline
-        self.parent = self._parent() if self.metadata.has_parent else None
+        self.blocks = BlockMap(self.source, self._regions[BAT_REGION], self.metadata, reserved, memory)
+
+    def extents(self, start: int, stop: int) -> Extents:
+        return self.blocks.extents(start, stop)
+
+    def outline(self, start: int, stop: int) -> Extents:
+        return self.blocks.outline(start, stop)
 
     @property
     def subformat(self) -> str:
@@ -129,7 +97,29 @@ class VhdxLayer:
             return "differencing"
         return "fixed" if self.metadata.keeps_blocks else "dynamic"
 
-    def _replayed(self, source: Source) -> Source:
+    def facts(self) -> FileFacts:
+        """What can be said of this file."""
+        path, remarks = self.source.path, []
+        if self.damaged_headers:
+            remarks.append(f"one of the two headers of {path} is damaged; the other was used")
+        if self.damaged_tables:
+            remarks.append(f"one of the two region tables of {path} is damaged; the other was used")
+        if self.replayed_entries:
+            remarks.append(f"{path} was not closed: {self.replayed_entries} entries of its log are replayed in memory")
+        creator = self.source.read(len(SIGNATURE), CREATOR_BYTES).decode("utf-16-le", "replace").partition("\0")[0]
+        return FileFacts(
+            path=str(path),
+            subformat=self.subformat,
+            size_bytes=self.size_bytes,
+            id=str(self.header.data_write_id),
+            creator="".join(letter for letter in creator if letter.isprintable()),
+            block_bytes=self.block_bytes,
+            allocated_bytes=self.blocks.count_allocated * self.block_bytes,
+            log="dirty" if self.replayed_entries else "clean",
+            remarks=tuple(remarks),
+        )
+
+    def _replayed(self, source: Source, memory: ChainMemory) -> Source:
         """The file as its log leaves it (§2.3.3)."""
         header = self.header
         if header.log_id == NO_ID:
@@ -137,6 +127,8 @@ class VhdxLayer:
         if header.log_version != 0:
             raise damaged(source, f"its log is of version {header.log_version}, only 0 is known")
         updates = Log(source, Region(header.log_offset, header.log_bytes), header.log_id).updates()
+        if not memory.take(len(updates.offset)):
+            raise damaged(source, "the logs of it and its parents hold too many updates")
         self.replayed_entries = updates.count_entries
         return ReplayedSource(source, updates)
 
@@ -162,6 +154,64 @@ class VhdxLayer:
             return ""
 
         return Parent([pairs[key] for key in _PATHS if key in pairs], misfit)
+
+
+class VhdxImage:
+    """A VHDX with all its parents, read-only. Thread-safe. Opening costs one pass over each allocation table."""
+
+    format = "vhdx"
+
+    def __init__(self, layers: Sequence[VhdxLayer]) -> None:
+        """Of a chain as `open_chain` returns it, its tables loaded. Takes the files over."""
+        self.layers = tuple(layers)
+        """The image's own file first, then its parents."""
+        top = self.layers[0]
+        self.path: Path = top.source.path
+        self.size_bytes, self.sector_bytes = top.size_bytes, top.metadata.sector_bytes
+        self.subformat = top.subformat
+        self.files: tuple[ImageFile, ...] = tuple(layer.source.file for layer in self.layers)
+        self._overlay = Overlay(self.layers)
+
+    @classmethod
+    def open(cls, fs: FileSystem, path: Path, parents: Sequence[Path] = ()) -> VhdxImage:
+        """`parents`: folders, besides the image's own, that parents may lie in.
+
+        ImageError: not there, unreadable, no VHDX, damaged, or without its parents.
+        """
+        memory = ChainMemory()
+        layers = open_chain(fs, path, lambda source: VhdxLayer(source, memory), parents)
+        try:
+            for layer in layers:
+                layer.load(memory)
+            return cls(layers)
+        except BaseException:
+            close_all(layers)
+            raise
+
+    @property
+    def data_write_id(self) -> UUID:
+        """The identity of the content, by which a child knows its parent (§2.6.2.6.3)."""
+        return self.layers[0].header.data_write_id
+
+    def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return coalesce(self._overlay.allocated(max(start, 0), min(stop, self.size_bytes)))
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        target = writable_bytes(buffer)
+        check_range(self.path, offset, len(target), self.size_bytes)
+        self._overlay.read_into(offset, target)
+
+    def facts(self) -> tuple[FileFacts, ...]:
+        return tuple(layer.facts() for layer in self.layers)
+
+    def close(self) -> None:
+        close_all(self.layers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
 
 def _current_header(source: Source) -> tuple[Header, int]:

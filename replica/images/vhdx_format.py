@@ -35,6 +35,7 @@ from replica._native import crc32c
 
 MIB: Final = 1 << 20
 SIGNATURE: Final = b"vhdxfile"
+CREATOR_BYTES: Final = 512
 HEADER_OFFSETS: Final = (64 << 10, 128 << 10)
 HEADER_BYTES: Final = 4096
 REGION_TABLE_OFFSETS: Final = (192 << 10, 256 << 10)
@@ -66,7 +67,7 @@ _CHECKSUM: Final = slice(4, 8)
 
 def encode_identifier(creator: str) -> bytes:
     """The file type identifier (§2.2.1) in 64 KiB; the creator has at most 256 UTF-16 units."""
-    return (SIGNATURE + creator.encode("utf-16-le").ljust(512, b"\0")).ljust(HEADER_OFFSETS[0], b"\0")
+    return (SIGNATURE + creator.encode("utf-16-le").ljust(CREATOR_BYTES, b"\0")).ljust(HEADER_OFFSETS[0], b"\0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class ReplayedSource(Source):
     """The file under an image, as its log leaves it. Thread-safe. Closing it closes the file."""
 
     def __init__(self, source: Source, updates: Updates) -> None:
-        super().__init__(source._file, source.path, updates.file_bytes, source.sector_bytes, device=source._device)
+        super().__init__(source._file, source.path, updates.file_bytes, source.sector_bytes, device=source.device)
         self._source = source
         self._updates = updates
         self._starts, self._stops, self._rows = _disjoint(updates)

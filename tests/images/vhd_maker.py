@@ -56,6 +56,12 @@ class Vhd:
     gap: int = 0
     head: bytes | None = None
     tail: bytes | None = None
+    unique_id: bytes = bytes(range(16))
+    parent_id: bytes = bytes(16)
+    parent_stamp: int = 0
+    parent_name: bytes = b""
+    locators: tuple[tuple[bytes, bytes], ...] = ()
+    locator_place: tuple[int, int] | None = None
 
     @property
     def bitmap_bytes(self) -> int:
@@ -65,20 +71,39 @@ class Vhd:
     def count(self) -> int:
         return -(-self.size // self.block_bytes) if self.block_bytes else 0
 
+    @property
+    def locators_start(self) -> int:
+        return -(-(1536 + 4 * self.count) // 512) * 512
+
     def footer(self) -> bytes:
-        return footer(self.size, self.kind, creator=self.creator, chs=self.chs, data_offset=self.header_offset)
+        return footer(
+            self.size,
+            self.kind,
+            creator=self.creator,
+            chs=self.chs,
+            data_offset=self.header_offset,
+            unique_id=self.unique_id,
+        )
 
     def header(self) -> bytes:
         entries = self.count if self.entries is None else self.entries
         data = self.header_cookie + struct.pack(
             ">QQIII", 2**64 - 1, self.table_offset, self.header_version, entries, self.block_bytes
         )
+        data += (
+            bytes(4) + self.parent_id + struct.pack(">II", self.parent_stamp, 0) + self.parent_name.ljust(512, b"\0")
+        )
+        place = self.locators_start
+        for code, path in self.locators:
+            where, length = self.locator_place or (place, len(path))
+            data += code + struct.pack(">IIIQ", 512, length, 0, where)
+            place += 512
         return checksummed(data.ljust(1024, b"\0"), 36, self.header_error)
 
     def build(self) -> bytes:
         table = [NONE] * self.count
-        start = -(-(1536 + 4 * self.count) // 512) * 512
-        body = b""
+        start = self.locators_start
+        body = b"".join(path.ljust(512, b"\0") for _, path in self.locators)
         for number, data in self.blocks.items():
             body += bytes(self.gap * 512)
             table[number] = (start + len(body)) // 512
@@ -90,9 +115,9 @@ class Vhd:
         tail = self.footer() if self.tail is None else self.tail
         return (head + self.header() + struct.pack(f">{len(table)}I", *table)).ljust(start, b"\0") + body + tail
 
-    def content(self) -> bytes:
-        """What the disk reads as, sector by sector, straight from the specification."""
-        disk = bytearray(self.size)
+    def content(self, parent: bytes = b"") -> bytes:
+        """What the disk reads as, over its parent's content, sector by sector, straight from the specification."""
+        disk = bytearray(parent[: self.size].ljust(self.size, b"\0"))
         for number, data in self.blocks.items():
             bitmap = self.bitmaps.get(number, b"\xff" * self.bitmap_bytes)
             stored = data.ljust(self.block_bytes, b"\xee")

@@ -1,30 +1,23 @@
-"""Writing VHDX: fixed, dynamic, and differencing children. A file appears whole or not at all.
+"""Writing VHDX: fixed, dynamic and differencing.
 
-Source: [MS-VHDX]. The file is made under a temporary name: log (1 MiB, empty),
-metadata, allocation table, then blocks in the order in which they are first
-written. The structures are written by `finish`, which also syncs the file and
-gives it its name; until then nobody can open it, so that no log is needed.
+    headers | log, empty | metadata | allocation table | blocks, in the order in which they were first written
+
+Source: [MS-VHDX]. The file is whole when `sync` returns, and not before: it is
+made under a temporary name and published by the caller, so no log is needed, and
+nothing of it is worth anything after a crash.
 
 Thin: what is never written is never allocated, and inside a block it is a hole
 of the file. A fixed disk has all its blocks, as holes until they are written.
 
-A differencing child (§2.4, §2.5.1) keeps a bit per sector. A block all of whose
+A differencing disk (§2.4, §2.5.1) keeps a bit per sector. A block all of whose
 sectors were written is fully present, one that was zeroed as a whole is in the
-state "zero" and takes no place, others are partially present. Writes to a child are
-whole sectors; the disk's end may be short. One chunk's bitmap is held in memory,
-so writes should ascend, as far as speed goes.
-
-    with VhdxWriter(fs, path, size_bytes) as writer:
-        writer.write(4096, data)
-        writer.finish()
+state "zero" and takes no place, others are partially present. One chunk's bitmap
+is held in memory, so writes should ascend as far as speed goes.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -32,9 +25,9 @@ from uuid import UUID
 
 import numpy as np
 
-from replica.durable import FileSystem
-from replica.errors import ImageError, StorageError
-from replica.images.image import check_range
+from replica.durable import File, FileSystem
+from replica.errors import ImageError
+from replica.images.image import ParentLink, check_range
 from replica.images.vhdx_format import (
     BAT_REGION,
     BITMAP_BLOCK_BYTES,
@@ -72,23 +65,6 @@ _STATE: Final = 7
 _WINDOW_ENTRIES: Final = 1 << 17
 
 
-@dataclass(frozen=True, slots=True)
-class ParentLink:
-    """The parent of a child to be written: where it lies, and the id of its content (`Header.data_write_id`)."""
-
-    path: Path
-    data_write_id: UUID
-
-    def pairs(self, child: Path) -> dict[str, str]:
-        """As a parent locator says it (§2.6.2.6.3), relative to the child's folder. ImageError if Windows cannot."""
-        relative = os.path.relpath(os.path.realpath(self.path), os.path.realpath(child.parent))
-        if "\\" in relative:
-            raise ImageError(f"{self.path} cannot be the parent of a VHDX: its path has a backslash")
-        text = relative.replace("/", "\\")
-        linkage = f"{{{self.data_write_id}}}"
-        return {"parent_linkage": linkage, "relative_path": text if text.startswith("..") else f".\\{text}"}
-
-
 def usual_block_bytes(size_bytes: int) -> int:
     """The block size used unless another one is asked for: 2 MiB, larger where the table would be over 16 MiB."""
     block_bytes = _USUAL_BLOCK_BYTES
@@ -98,61 +74,63 @@ def usual_block_bytes(size_bytes: int) -> int:
 
 
 class VhdxWriter:
-    """A VHDX being written by one thread. Failures of the file system are `StorageError`."""
+    """A new VHDX. For one thread. Memory: eight bytes per block, and one bitmap of 1 MiB.
 
-    def __init__(
-        self,
+    Failures of the file system are `StorageError`.
+    """
+
+    format = "vhdx"
+
+    def __init__(self, file: File, size_bytes: int, metadata: Metadata) -> None:
+        """`create` has checked these."""
+        self._file, self._metadata = file, metadata
+        self.path, self.size_bytes, self.unique_id = file.path, size_bytes, metadata.disk_id
+        self.data_write_id = random_id()
+        """What a child of this file names as its parent's id."""
+        count = metadata.count_entries
+        self._bat = Region(_METADATA.stop, max(1, -(-count * 8 // MIB)) * MIB)
+        self._entries: Entries = np.zeros(count, dtype="<u8")
+        self._end = self._bat.stop
+        self._chunk = -1
+        self._bitmap: Bytes = np.empty(0, dtype=np.uint8)
+        if metadata.keeps_blocks:
+            self._lay_out_fixed()
+
+    @classmethod
+    def create(
+        cls,
         fs: FileSystem,
         path: Path,
         size_bytes: int,
+        unique_id: UUID,
         *,
         fixed: bool = False,
         block_bytes: int | None = None,
         sector_bytes: int = 512,
-        disk_id: UUID | None = None,
         parent: ParentLink | None = None,
-    ) -> None:
-        """Make the temporary file beside `path`. ImageError for sizes that the format does not have, zero among them.
+    ) -> VhdxWriter:
+        """A new file that reads as zeros, or as its parent; it must not exist. ImageError for what no VHDX can be.
 
-        A size that is no whole number of sectors is filled up with zeros in the
-        disk. `disk_id` is the disk's identity, which stays the same in all files of a chain.
+        `unique_id` is the disk's identity, the same in all files of a chain; `parent` makes it a differencing disk. A
+        size that is no whole number of sectors is rounded up in the file; a disk of no bytes has no VHDX.
         """
         block_bytes = block_bytes or usual_block_bytes(size_bytes)
-        padded = -(-size_bytes // sector_bytes) * sector_bytes if sector_bytes in (512, 4096) else -1
+        padded = -(-size_bytes // sector_bytes) * sector_bytes if sector_bytes in (512, 4096) else 0
         if not 0 < padded <= MAX_DISK_BYTES:
             raise ImageError(f"{path}: a VHDX has no disk of {size_bytes} bytes in sectors of {sector_bytes}")
         if not MIN_BLOCK_BYTES <= block_bytes <= MAX_BLOCK_BYTES or block_bytes & (block_bytes - 1):
             raise ImageError(f"{path}: blocks of {block_bytes} bytes are no power of two from 1 to 256 MiB")
         if fixed and parent:
             raise ImageError(f"{path}: a fixed VHDX has no parent")
-        pairs = parent.pairs(path) if parent else {}
-        self.path = path
-        self.size_bytes = size_bytes
-        self.data_write_id = random_id()
-        """What a child of this file names as its parent's id."""
-        self._metadata = Metadata(
-            block_bytes, padded, disk_id or random_id(), sector_bytes, 4096, fixed, parent is not None, pairs
-        )
-        count = self._metadata.count_entries
-        self._bat = Region(_METADATA.stop, max(1, -(-count * 8 // MIB)) * MIB)
-        self._entries: Entries = np.frombuffer(mmap.mmap(-1, max(1, count) * 8), dtype="<u8")[:count]
-        self._end = self._bat.stop
-        self._chunk = -1
-        self._bitmap: Bytes = np.empty(0, dtype=np.uint8)
-        if fixed:
-            self._lay_out_fixed()
-        self._fs = fs
-        self._temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
-        self._file = fs.create(self._temporary)
-        self._finished = False
-
-    @property
-    def link(self) -> ParentLink:
-        """This file as the parent of another one, once it is finished."""
-        return ParentLink(self.path, self.data_write_id)
+        pairs = _pairs_of(parent, path) if parent else {}
+        metadata = Metadata(block_bytes, padded, unique_id, sector_bytes, 4096, fixed, parent is not None, pairs)
+        return cls(fs.create(path), size_bytes, metadata)
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data`. ImageError past the disk's end, and in a child for parts of sectors."""
+        """Write all of `data`. ImageError past the disk's end.
+
+        Into a differencing disk in whole sectors, but for the disk's end: ValueError otherwise.
+        """
         view = memoryview(data).cast("B")
         check_range(self.path, offset, len(view), self.size_bytes)
         self._check_sectors(offset, len(view))
@@ -164,7 +142,7 @@ class VhdxWriter:
             self._mark(block, within, length)
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read as zeros: nothing, or holes. ImageError as `write`."""
+        """Make a range read as zeros, as a hole; in a differencing disk whatever its parent has. As `write`."""
         check_range(self.path, offset, length, self.size_bytes)
         self._check_sectors(offset, length)
         for block, within, _, part in self._parts(offset, length):
@@ -179,11 +157,8 @@ class VhdxWriter:
                 self._file.zero(place + within, part)
             self._mark(block, within, part)
 
-    def finish(self, *, replace: bool = False) -> None:
-        """Write the structures, sync, and give the file its name: what has it by now is replaced, or stays an error.
-
-        StorageError; TargetExistsError.
-        """
+    def sync(self) -> None:
+        """The file is whole and on stable storage when this returns."""
         self._keep_bitmap()
         self._file.truncate(self._end)
         for start in range(0, len(self._entries), _WINDOW_ENTRIES):
@@ -200,17 +175,9 @@ class VhdxWriter:
             self._file.write(offset, header.encode())
         self._file.write(0, encode_identifier("replica"))
         self._file.sync()
-        publish = self._fs.publish if replace else self._fs.publish_new
-        publish(self._temporary, self.path)
-        self._finished = True
 
     def close(self) -> None:
-        """Close the file; unless it was finished, nothing is left of it. Idempotent."""
         self._file.close()
-        if not self._finished:
-            self._finished = True
-            with suppress(StorageError):
-                self._fs.unlink(self._temporary)
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +192,7 @@ class VhdxWriter:
     def _check_sectors(self, offset: int, length: int) -> None:
         sector = self._metadata.sector_bytes
         if self._is_child and (offset % sector or (length % sector and offset + length != self.size_bytes)):
-            raise ImageError(f"{self.path}: {length} bytes at {offset} are no whole sectors of {sector}")
+            raise ValueError(f"{length} bytes at {offset} of a differencing disk are no whole sectors of {sector}")
 
     def _parts(self, offset: int, length: int) -> list[tuple[int, int, int, int]]:
         """(block, byte in it, bytes before, bytes) of every block's part of a range."""
@@ -320,3 +287,10 @@ class VhdxWriter:
             places = self._end + blocks * size
             self._entries[blocks + blocks // self._metadata.chunk_blocks] = places | FULLY_PRESENT
         self._end += count * size
+
+
+def _pairs_of(parent: ParentLink, child: Path) -> dict[str, str]:
+    """The parent as a parent locator has it (§2.6.2.6.3): by a path from the child's folder."""
+    relative = os.path.relpath(parent.path.absolute(), child.absolute().parent).replace("/", "\\")
+    path = relative if relative.startswith("..") else f".\\{relative}"
+    return {"parent_linkage": f"{{{parent.unique_id}}}", "relative_path": path}
