@@ -70,8 +70,10 @@ def digest_by_qemu(path: Path) -> tuple[int, str]:
 
 
 def by_dissect(path: Path) -> bytes:
+    """Read block by block: from within a partial block its `read` gives other bytes, or none."""
     layer = other = VHDX(path)
-    content = b"".join(other.read(other.block_size) for _ in range(0, other.size, other.block_size))
+    step, count = other.block_size // other.sector_size, other.size // other.sector_size
+    content = b"".join(other.read_sectors(first, min(step, count - first)) for first in range(0, count, step))
     while layer is not None:
         layer.fh.close()
         layer = layer.parent
@@ -223,16 +225,20 @@ def test_anything_we_write(tmp_path: Path, seed: int, size: int, block_bytes: in
 
 
 @settings(max_examples=12, **SLOW)  # type: ignore[arg-type]
-@given(seed=st.integers(0, 2**32), sector=st.sampled_from([512, 4096]))
-def test_chains_of_five_that_we_write(tmp_path: Path, seed: int, sector: int) -> None:
-    """Against a naive model; dissect reads them too, where it reads sectors by eights as it counts them."""
+@given(
+    seed=st.integers(0, 2**32),
+    sector=st.sampled_from([512, 4096]),
+    blocks=st.sampled_from([(MIB,), (2 * MIB,), (MIB, 2 * MIB)]),
+)
+def test_chains_of_five_that_we_write(tmp_path: Path, seed: int, sector: int, blocks: tuple[int, ...]) -> None:
+    """Against a naive model. dissect reads those too whose blocks all have one size: others it takes for them."""
     some = random.Random(seed)
     size = some.randrange(1, 9 * MIB // sector) * sector
     model, parent = bytearray(size), None
     for level in range(5):
         path = tmp_path / f"{level}.vhdx"
         path.unlink(missing_ok=True)
-        block_bytes = some.choice([MIB, 2 * MIB])
+        block_bytes = some.choice(blocks)
         with VhdxWriter.create(
             FS, path, size, ID, block_bytes=block_bytes, sector_bytes=sector, parent=parent
         ) as writer:
@@ -246,7 +252,7 @@ def test_chains_of_five_that_we_write(tmp_path: Path, seed: int, sector: int) ->
         start = some.randrange(size - len(parts) + 1)
         image.read_into(start, parts)
         assert parts == model[start : start + len(parts)]
-    assert by_dissect(path)[:size] == model
+    assert len(blocks) > 1 or by_dissect(path) == model
 
 
 def test_a_chain_with_single_sectors(tmp_path: Path) -> None:
