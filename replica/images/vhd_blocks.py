@@ -82,6 +82,7 @@ class BlockMap:
         bits = self.block_bytes // SECTOR_BYTES
         self.bitmap_bytes = bitmap_bytes(self.block_bytes)
         self._bits = bits
+        self._ones = np.packbits(np.ones(bits, dtype=np.uint8)).tobytes()
         self._numbers, self._sectors = _read_table(source, header, size_bytes, memory)
         reserved = [
             (0, FOOTER_BYTES),
@@ -147,8 +148,8 @@ class BlockMap:
         if (known := self._cache.get(key)) is not None:
             return cast("Bytes", known)
         data = self.source.read(int(self._sectors[row]) * SECTOR_BYTES, self.bitmap_bytes)
-        bitmap = np.frombuffer(data, dtype=np.uint8, count=-(-self._bits // 8))
-        if np.unpackbits(bitmap, count=self._bits).all():
+        bitmap = np.frombuffer(data, dtype=np.uint8, count=len(self._ones))
+        if data.startswith(self._ones) or np.unpackbits(bitmap, count=self._bits).all():
             self._full[row] = 1
             return None
         self._cache.put(key, bitmap, self.bitmap_bytes)
