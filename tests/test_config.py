@@ -106,7 +106,10 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
             'freeze_limit = "10s"\nconsistency = "application-consistent"\n'
             'files = ["/etc/web-1.xml", "sub/../nvram"]\naudit_period = "1d"',
         )
-        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"\nparents = ["bases", "/b"]')
+        .replace(
+            'image = "web-1.vhd"',
+            'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"\nparents = ["bases", "/b"]',
+        )
     )
     spec = load_sender(write(tmp_path, "sender.toml", text))
     assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)

@@ -75,6 +75,8 @@ def make_extents(
 
 def clip(rows: Extents, start: int, stop: int) -> Extents:
     """The parts of ascending rows inside [start, stop)."""
+    if len(rows) and start <= rows["start"][0] and rows["stop"][-1] <= stop:
+        return rows
     first = int(np.searchsorted(rows["stop"], start, side="right"))
     last = int(np.searchsorted(rows["start"], stop, side="left"))
     rows = rows[first:last].copy()
@@ -96,22 +98,27 @@ class Overlay:
 
     def read_into(self, offset: int, target: Bytes) -> None:
         """Fill `target` from the disk; the caller has checked the range."""
-        missing = make_extents([offset], [offset + len(target)], [ZEROS])
+        stop, left = offset + len(target), len(target)
+        missing = make_extents([offset], [stop], [ZEROS])
         for layer in self._layers:
-            beyond = clip(missing, layer.size_bytes, offset + len(target))
-            _fill_zeros(target, offset, beyond)
-            missing = clip(missing, offset, layer.size_bytes)
-            if not len(missing):
+            if layer.size_bytes < stop:
+                _fill_zeros(target, offset, clip(missing, layer.size_bytes, stop))
+                missing, stop = clip(missing, offset, layer.size_bytes), layer.size_bytes
+                left = int((missing["stop"] - missing["start"]).sum())
+            if not left:
                 return
             found = layer.extents(int(missing["start"][0]), int(missing["stop"][-1]))
             if len(missing) > 1:
                 found = _intersection(found, missing)
-            for start, stop, place, _ in _reads(found, missing).tolist():
-                part = target[start - offset : stop - offset]
+            for begin, end, place, _ in _reads(found, missing).tolist():
+                part = target[begin - offset : end - offset]
                 if place == ZEROS:
                     part[:] = 0
                 else:
                     layer.source.read_into(place, part.data)
+            left -= int((found["stop"] - found["start"]).sum())
+            if not left:
+                return
             missing = _difference(missing, found)
         _fill_zeros(target, offset, missing)
 
@@ -178,7 +185,7 @@ def _reads(found: Extents, missing: Extents) -> Extents:
 
     Only inside one range that is still missing: what is read too much is overwritten by the layers below.
     """
-    if len(found) < 2:
+    if not (found["start"][1:] > found["stop"][:-1]).any():
         return found
     ranges = np.searchsorted(missing["start"], found["start"], side="right")
     shifts = np.where(found["place"] == ZEROS, ZEROS, found["place"] - found["start"])

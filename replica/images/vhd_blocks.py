@@ -12,8 +12,8 @@ Nothing in the table is believed before it was checked as a whole (`BlockMap`):
 every block lies inside the file, on nothing else, and nowhere twice. What is
 kept of it are two arrays with a row for each block that is there. A block's
 bitmap is read when the block is first met. That it is all ones (what Hyper-V
-and qemu write) is remembered in a byte per block; the others are kept in a cache
-of bounded size, one for all files of a chain.
+and qemu write) or all zeros is remembered in a byte per block; the others are
+kept in a cache of bounded size, one for all files of a chain.
 
 Memory: nine bytes for each of at most `MAX_CHAIN_BLOCKS` allocated blocks, and the cache.
 """
@@ -47,6 +47,8 @@ MIN_BLOCK_BYTES: Final = SECTOR_BYTES
 MAX_BLOCK_BYTES: Final = 256 << 20
 _CACHED_BITMAP_BYTES: Final = 8 << 20
 _ENTRIES_PER_READ: Final = 1 << 18
+_SOME, _ALL, _NONE = 0, 1, 2
+"""What is known of a block's bitmap: nothing, or that some bits are set; that all are; that none is."""
 
 
 class ChainMemory:
@@ -82,6 +84,7 @@ class BlockMap:
         bits = self.block_bytes // SECTOR_BYTES
         self.bitmap_bytes = bitmap_bytes(self.block_bytes)
         self._bits = bits
+        self._ones = np.packbits(np.ones(bits, dtype=np.uint8)).tobytes()
         self._numbers, self._sectors = _read_table(source, header, size_bytes, memory)
         reserved = [
             (0, FOOTER_BYTES),
@@ -89,7 +92,7 @@ class BlockMap:
             (header.table_offset, header.table_offset + 4 * header.max_table_entries),
         ]
         _check_places(source, self._sectors, self.bitmap_bytes + self.block_bytes, reserved, stop)
-        self._full = np.zeros(len(self._numbers), dtype=np.uint8)
+        self._bits_set = np.full(len(self._numbers), _SOME, dtype=np.uint8)
         self._cache, self._key = memory.bitmaps, next(memory.maps)
 
     @property
@@ -104,18 +107,17 @@ class BlockMap:
     def extents(self, start: int, stop: int) -> Extents:
         """`Layer.extents`: the sectors that were written. Reads bitmaps that are met for the first time."""
         first, last = self._find(start, stop)
+        partial = [
+            (first + int(index), bitmap)
+            for index in np.flatnonzero(self._bits_set[first:last] == _SOME)
+            if (bitmap := self._bitmap(first + int(index))) is not None
+        ]
+        pieces: list[Extents] = []
+        for row, bitmap in partial:
+            pieces += [self._rows(first, row), self._runs(self._rows(row, row + 1)[0], bitmap, start, stop)]
+            first = row + 1
         rows = self._rows(first, last)
-        partial = np.flatnonzero(self._full[first:last] == 0)
-        if len(partial):
-            pieces: list[Extents] = []
-            done = 0
-            for index in partial.tolist():
-                bitmap = self._bitmap(first + index)
-                if bitmap is not None:
-                    pieces += [rows[done:index], self._runs(rows[index], bitmap, start, stop)]
-                    done = index + 1
-            rows = np.concatenate([*pieces, rows[done:]]) if pieces else rows
-        return clip(rows, start, stop)
+        return clip(np.concatenate([*pieces, rows]) if pieces else rows, start, stop)
 
     def _find(self, start: int, stop: int) -> tuple[int, int]:
         """The rows of the blocks that [start, stop) touches."""
@@ -124,10 +126,14 @@ class BlockMap:
         return first, max(first, last)
 
     def _rows(self, first: int, last: int) -> Extents:
+        """One row per block, but for those that are known to be empty."""
+        bits = self._bits_set[first:last]
         starts = self._numbers[first:last].astype(np.int64) * self.block_bytes
         places = self._sectors[first:last].astype(np.int64) * SECTOR_BYTES + self.bitmap_bytes
         stops = np.minimum(starts + self.block_bytes, self.size_bytes)
-        return make_extents(starts, stops, places, self._full[first:last] != 0)
+        rows = make_extents(starts, stops, places, bits == _ALL)
+        there = bits != _NONE
+        return rows if there.all() else rows[there]
 
     def _runs(self, block: np.void, bitmap: Bytes, start: int, stop: int) -> Extents:
         """The runs of ones of one block's bitmap, as far as [start, stop) reaches; `block` is its row."""
@@ -142,14 +148,17 @@ class BlockMap:
         return make_extents(edges[:, 0] + begin, edges[:, 1] + begin, edges[:, 0] + int(block["place"]))
 
     def _bitmap(self, row: int) -> Bytes | None:
-        """The block's sector bitmap, or None if every sector is there (and that is remembered)."""
+        """The block's sector bitmap, or None if all or no sectors are there (and that is remembered)."""
         key = (self._key, row)
         if (known := self._cache.get(key)) is not None:
             return cast("Bytes", known)
         data = self.source.read(int(self._sectors[row]) * SECTOR_BYTES, self.bitmap_bytes)
-        bitmap = np.frombuffer(data, dtype=np.uint8, count=-(-self._bits // 8))
-        if np.unpackbits(bitmap, count=self._bits).all():
-            self._full[row] = 1
+        bitmap = np.frombuffer(data, dtype=np.uint8, count=len(self._ones))
+        if data.startswith(self._ones) or np.unpackbits(bitmap, count=self._bits).all():
+            self._bits_set[row] = _ALL
+            return None
+        if not bitmap.any():
+            self._bits_set[row] = _NONE
             return None
         self._cache.put(key, bitmap, self.bitmap_bytes)
         return bitmap

@@ -160,7 +160,8 @@ class VhdWriter:
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int, int, int]]:
         """(block, offset in it, offset in the data, length) for each block of a range that was checked."""
         check_range(self.path, offset, length, self.size_bytes)
-        if self._parent is not None and (offset | length) % SECTOR_BYTES and offset + length != self.size_bytes:
+        torn = offset % SECTOR_BYTES or (length % SECTOR_BYTES and offset + length != self.size_bytes)
+        if self._parent is not None and torn:
             raise ValueError(f"{length} bytes at {offset} of a differencing disk are no whole sectors")
         pieces = []
         done = 0

@@ -126,3 +126,20 @@ class Vhd:
                 if at < self.size and bitmap[sector // 8] >> (7 - sector % 8) & 1:
                     disk[at : at + 512] = stored[sector * 512 : sector * 512 + 512]
         return bytes(disk)
+
+
+def naive_read(data: bytes, parent: bytes = b"") -> bytes:
+    """The disk in the bytes of a dynamic or differencing file, over its parent's content; nothing is checked."""
+    (size,) = struct.unpack_from(">Q", data, 48)
+    (header,) = struct.unpack_from(">Q", data, 16)
+    (table,) = struct.unpack_from(">Q", data, header + 16)
+    entries, block_bytes = struct.unpack_from(">II", data, header + 28)
+    bitmap_bytes = Vhd(0, block_bytes).bitmap_bytes
+    disk = bytearray(parent[:size].ljust(size, b"\0"))
+    for number, entry in enumerate(struct.unpack_from(f">{entries}I", data, table)):
+        for sector in range(block_bytes // 512 if entry != NONE else 0):
+            at = number * block_bytes + sector * 512
+            if at < size and data[entry * 512 + sector // 8] >> (7 - sector % 8) & 1:
+                place = entry * 512 + bitmap_bytes + sector * 512
+                disk[at : at + 512] = data[place : place + 512]
+    return bytes(disk)
