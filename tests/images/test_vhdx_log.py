@@ -266,6 +266,26 @@ def test_two_newest_entries(path: Path) -> None:
     refused(path, with_log(Vhdx(2 * MIB), entries), "two newest entries")
 
 
+def test_entries_of_two_sequences_in_a_row(path: Path) -> None:
+    """Whole, one behind the other, and yet not written as one sequence: a number is missing."""
+    entries = {0: entry(1, 0, [BAT_SECTOR]), 2 * SECTOR: entry(3, 0, [BAT_SECTOR])}
+    refused(path, with_log(Vhdx(2 * MIB), entries), "torn in the middle")
+
+
+def test_a_table_that_is_in_the_log_only(path: Path) -> None:
+    """Its place in the file is a hole, which would read as no blocks at all."""
+    recipe = Vhdx(3 * MIB, blocks={1: b"a" * MIB})
+    table = recipe.build()[3 * MIB : 3 * MIB + SECTOR]
+    file = with_log(recipe, {0: entry(1, 0, [(3 * MIB, table)])})
+    with path.open("wb") as out:
+        out.write(file[: 3 * MIB])
+        out.seek(4 * MIB)
+        out.write(file[4 * MIB :])
+    with VhdxImage.open(FileSystem(), path) as image:
+        assert whole(image) == recipe.content()
+        assert list(image.allocated(0, 3 * MIB)) == [(MIB, 2 * MIB)]
+
+
 def test_old_entries_do_not_count(path: Path) -> None:
     """Of another session, or from before the tail; and an entry without updates is one."""
     zeroed = (3 * MIB, SECTOR)
