@@ -111,7 +111,14 @@ def open(
 
     ImageError: not there, unreadable, not of its format, or without its parents.
     """
-    return FORMATS[format_of(path, format)].open(fs or FileSystem(), path, parents)
+    name, fs = format_of(path, format), fs or FileSystem()
+    try:
+        return FORMATS[name].open(fs, path, parents)
+    except ImageError as error:
+        looks = probe(path, fs=fs)
+        if looks is None or looks == name:
+            raise
+        raise ImageError(f"{error.message} (its content looks like {looks})", hint=error.hint) from error
 
 
 def create(

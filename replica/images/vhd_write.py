@@ -140,7 +140,6 @@ class VhdWriter:
         table = self._table.byteswap() if sys.byteorder == "little" else self._table
         self._file.write(_TABLE_OFFSET, table.data)
         self._file.write(0, footer + header.encode())
-        self._file.truncate(self._stop)
         self._file.write(self._stop, footer)
         self._file.sync()
 
@@ -177,6 +176,7 @@ class VhdWriter:
         if self._table[block] == NO_BLOCK:
             data = -(-(self._stop + self._bitmap_bytes) // _ALIGNMENT) * _ALIGNMENT
             self._table[block] = (data - self._bitmap_bytes) // SECTOR_BYTES
+            self._file.truncate(self._stop)  # a footer that an earlier sync left would be taken for a bitmap
             self._stop = data + self._block_bytes
             self._file.truncate(self._stop)
             if self._parent is None:

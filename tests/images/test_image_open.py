@@ -64,3 +64,10 @@ def test_a_raw_disk_under_a_vhd_name_is_an_error(tmp_path: Path) -> None:
     assert str(path) in caught.value.message
     with images.open(path, "raw") as image:
         assert image.size_bytes == 8192
+
+
+def test_an_error_says_what_the_content_looks_like(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    path.write_bytes(b"vhdxfile" + bytes(70000))
+    with pytest.raises(ImageError, match=r"no VHD .*\(its content looks like vhdx\)"):
+        images.open(path)

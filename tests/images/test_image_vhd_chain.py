@@ -12,7 +12,7 @@ from vhd_maker import DIFFERENCING, Vhd, footer
 from replica import images
 from replica.durable import File, FileSystem
 from replica.errors import ImageError
-from replica.images.chain import MAX_DEPTH
+from replica.images.chain import MAX_DEPTH, candidates, permitted_folders
 from replica.images.image import Image
 
 SIZE = 6 * 8192
@@ -209,6 +209,35 @@ def test_a_parent_of_another_size(tmp_path: Path, size: int) -> None:
         assert whole(image) == CHILD.content(content)
         ends = [stop for _, stop in image.allocated(0, SIZE)]
         assert max(ends) == min(SIZE, max(size, 3 * 8192))
+
+
+def test_a_small_parent_hides_what_its_own_parent_has_behind_its_end(tmp_path: Path) -> None:
+    write(tmp_path / "base.vhd", BASE)
+    middle = replace(CHILD, size=8192, blocks={}, unique_id=b"m" * 16)
+    write(tmp_path / "middle.vhd", middle)
+    top = replace(middle, size=SIZE, parent_id=b"m" * 16, parent_name="middle.vhd".encode("utf-16-be"))
+    with images.open(write(tmp_path / "top.vhd", top)) as image:
+        assert whole(image) == BASE.content()[:8192].ljust(SIZE, b"\0")
+        assert list(image.allocated(0, SIZE)) == [(0, 8192)]
+
+
+def test_relative_paths_come_first(tmp_path: Path) -> None:
+    """The absolute one may still lead to where the chain was copied from."""
+    write(tmp_path / "old" / "base.vhd", replace(BASE, blocks={}))
+    write(tmp_path / "vm" / "base.vhd", BASE)
+    child = located(("W2ku", str(tmp_path / "old" / "base.vhd")), ("W2ru", ".\\base.vhd"))
+    assert_read(write(tmp_path / "vm" / "child.vhd", child), tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/shadow", "..\\..\\a", "a\\..\\..\\b", "\\\\host\\share\\c", ".", "", "..", "C:"]
+)
+def test_candidates_are_inside_whatever_the_name(tmp_path: Path, name: str) -> None:
+    permitted = permitted_folders(tmp_path / "vm" / "child.vhd", [tmp_path / "bases"])
+    found = list(candidates(tmp_path / "vm" / "child.vhd", [name, name], permitted))
+    assert len(found) == len(set(found))
+    for place in found:
+        assert place.parent.is_relative_to(tmp_path / "vm") or place.parent.is_relative_to(tmp_path / "bases")
 
 
 def test_time_stamps_are_told_and_not_refused(tmp_path: Path) -> None:
