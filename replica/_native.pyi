@@ -22,6 +22,7 @@ _Memory = Buffer | npt.NDArray[Any]
 
 __all__ = [
     "__version__",
+    "crc32c",
     "decode_extents",
     "encode_extents",
     "gather",
@@ -73,3 +74,6 @@ def overlay(lower: _Memory, upper: _Memory) -> bytes:
 
 def gather(rows: _Memory, sources: Sequence[_Memory], grain_bytes: int) -> bytes:
     """The payload of the data rows of such a u64[n, 5] table, concatenated; `sources` by number."""
+
+def crc32c(data: _Memory, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of `data`, going on from the CRC `crc` of what stands before it."""

@@ -125,8 +125,9 @@ class DiskTable(msgspec.Struct, frozen=True):
 
     name: Text
     image: Text
-    format: Literal["raw", "vhd"] | None = None
+    format: Text | None = None
     formerly: Text | None = None
+    parents: tuple[Text, ...] = ()
 
 
 class MachineTable(msgspec.Struct, frozen=True):
@@ -438,10 +439,15 @@ def _files(source: Source, files: tuple[str, ...], place: toml.Place) -> tuple[P
 
 
 def _disk(source: Source, table: DiskTable, place: toml.Place) -> DiskSpec:
+    from replica.images import FORMATS
     from replica.primary.spec import DiskSpec
 
+    if table.format is not None and table.format not in FORMATS:
+        what = f"`machine.disk.format`: {table.format!r} is not known"
+        source.fail((*place, "format"), what, f"known are: {', '.join(FORMATS)}")
     try:
-        return DiskSpec(table.name, _path(source.path, table.image), table.format, table.formerly)
+        parents = tuple(_path(source.path, folder) for folder in table.parents)
+        return DiskSpec(table.name, _path(source.path, table.image), table.format, table.formerly, parents)
     except ValueError as error:
         source.fail((*place, "name"), str(error))
 

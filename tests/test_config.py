@@ -106,7 +106,10 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
             'freeze_limit = "10s"\nconsistency = "application-consistent"\n'
             'files = ["/etc/web-1.xml", "sub/../nvram"]\naudit_period = "1d"',
         )
-        .replace('image = "web-1.vhd"', 'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"')
+        .replace(
+            'image = "web-1.vhd"',
+            'image = "/images/web-1.bin"\nformat = "raw"\nformerly = "c"\nparents = ["bases", "/b"]',
+        )
     )
     spec = load_sender(write(tmp_path, "sender.toml", text))
     assert (spec.state, spec.keys, spec.parallel) == (Path("/var/lib/replica"), tmp_path / "secret", 2)
@@ -116,7 +119,7 @@ def test_every_optional_key_of_a_sender(tmp_path: Path) -> None:
     assert machine.thaw == "fsfreeze -u /srv"
     assert (machine.every_seconds, machine.freeze_limit_seconds) == (5400, 10)
     assert machine.consistency is Consistency.APPLICATION
-    assert machine.disks[0] == DiskSpec("os", Path("/images/web-1.bin"), "raw", "c")
+    assert machine.disks[0] == DiskSpec("os", Path("/images/web-1.bin"), "raw", "c", (tmp_path / "bases", Path("/b")))
     assert machine.files == (Path("/etc/web-1.xml"), tmp_path / "nvram")
     assert machine.audit_period_seconds == 86400
 
@@ -159,7 +162,7 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
             'image = "web-1.vhd"',
             'image = "a"\nformat = "qcow2"',
             14,
-            ["machine.disk.format", '\'qcow2\' is not possible; it is one of "raw", "vhd"'],
+            ["machine.disk.format", "'qcow2' is not known; known are: raw, vhd"],
         ),
         ('name = "os"', 'name = "os/1"', 12, ["'os/1'", "letters"]),
         ('name = "os"', 'name = "machine-files"', 12, ["reserved"]),

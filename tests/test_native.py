@@ -229,6 +229,19 @@ def test_gather_never_reads_past_a_source(row: tuple[int, ...]) -> None:
         _native.gather(np.array([row], "<u8"), [bytes(1024)], 512)
 
 
+@given(data=st.binary(max_size=300), cut=st.integers(0, 300))
+def test_crc32c_against_its_definition(data: bytes, cut: int) -> None:
+    """The reversed Castagnoli polynomial, bit by bit, and the check value of RFC 3720, B.4."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert _native.crc32c(data) == crc ^ 0xFFFFFFFF
+    assert _native.crc32c(data[cut:], _native.crc32c(data[:cut])) == crc ^ 0xFFFFFFFF
+    assert _native.crc32c(bytes(32)) == 0x8A9136AA
+
+
 # The border: buffers.
 
 

@@ -185,6 +185,13 @@ fn gather<'py>(
     })
 }
 
+#[pyfunction(name = "crc32c", signature = (data, crc = 0))]
+fn checksum(py: Python<'_>, data: &Bound<'_, PyAny>, crc: u32) -> PyResult<u32> {
+    let data = Memory::get("data", data)?;
+    let data = data.bytes();
+    Ok(py.detach(|| crc32c::crc32c_append(crc, data)))
+}
+
 #[pymodule(gil_used = false)]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
@@ -195,5 +202,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(encode_extents, module)?)?;
     module.add_function(wrap_pyfunction!(decode_extents, module)?)?;
     module.add_function(wrap_pyfunction!(overlay_extents, module)?)?;
-    module.add_function(wrap_pyfunction!(gather, module)?)
+    module.add_function(wrap_pyfunction!(gather, module)?)?;
+    module.add_function(wrap_pyfunction!(checksum, module)?)
 }

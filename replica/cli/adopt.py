@@ -19,7 +19,7 @@ from replica.cli.output import print_json, size
     multiple=True,
     required=True,
     metavar="NAME=IMAGE",
-    help="A disk, by its name at the primary, and the image (raw or VHD) that holds an older state of it.",
+    help="A disk, by its name at the primary, and the image (raw, VHD or VHDX) that holds an older state of it.",
 )
 @config_option("receiver.toml")
 @json_option

@@ -19,7 +19,22 @@ from types import FrameType, TracebackType
 import click
 
 from replica import __version__
-from replica.cli import adopt, enrol, lock, pki, points, prune, receipt, restore, resync, serve, status, sync, verify
+from replica.cli import (
+    adopt,
+    enrol,
+    image,
+    lock,
+    pki,
+    points,
+    prune,
+    receipt,
+    restore,
+    resync,
+    serve,
+    status,
+    sync,
+    verify,
+)
 from replica.cli.output import Said, complain, print_json
 from replica.errors import ReplicaError
 
@@ -51,6 +66,9 @@ def cli() -> None:
     At the primary site:
       replica sync web-1 -c sender.toml                  one cycle, now
       replica run -c sender.toml                         cycles on schedule until stopped
+    Anywhere:
+      replica image info web-1.vhd                       what a disk image is
+      replica image convert web-1.vhd web-1.raw --format raw
     """
 
 
@@ -69,6 +87,7 @@ for command in (
     verify.verify,
     lock.lock,
     prune.prune,
+    image.image,
 ):
     cli.add_command(command)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from replica.delta.cache import Cache
+from replica.cache import Cache
 from replica.delta.change import DiskChange
 from replica.delta.extents import DATA, Rows, as_bytes
 from replica.delta.owners import BROKEN, GONE, NOBODY, REGION_GRAINS, Runs, Sizes, merge

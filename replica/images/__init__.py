@@ -8,10 +8,43 @@ The format is what the caller says, else what the file's name says; never what
 the content looks like, because a guest writes the content.
 """
 
+from replica.images.converting import convert
+from replica.images.copying import copy_disk
+from replica.images.facts import DiskImage, FileFacts
 from replica.images.flat import EXTENSIONS, FlatFormat, FlatImage
-from replica.images.formats import FORMATS, format_of, open
-from replica.images.image import Image
+from replica.images.formats import FORMATS, create, format_of, open, probe
+from replica.images.image import Image, ImageFile, ImageWriter, ParentLink
+from replica.images.inspecting import ImageInfo, describe, image_info, read_through
 from replica.images.raw import RawImage
 from replica.images.vhd import VhdImage
+from replica.images.vhd_write import VhdWriter
+from replica.images.vhdx import VhdxImage
+from replica.images.vhdx_write import VhdxWriter
 
-__all__ = ["EXTENSIONS", "FORMATS", "FlatFormat", "FlatImage", "Image", "RawImage", "VhdImage", "format_of", "open"]
+__all__ = [
+    "EXTENSIONS",
+    "FORMATS",
+    "DiskImage",
+    "FileFacts",
+    "FlatFormat",
+    "FlatImage",
+    "Image",
+    "ImageFile",
+    "ImageInfo",
+    "ImageWriter",
+    "ParentLink",
+    "RawImage",
+    "VhdImage",
+    "VhdWriter",
+    "VhdxImage",
+    "VhdxWriter",
+    "convert",
+    "copy_disk",
+    "create",
+    "describe",
+    "format_of",
+    "image_info",
+    "open",
+    "probe",
+    "read_through",
+]

@@ -35,7 +35,7 @@ from uuid import UUID
 from replica.durable import File, FileSystem
 from replica.errors import ImageError
 from replica.images import vhd_format as vhd
-from replica.images.image import check_range, coalesce, writable_bytes
+from replica.images.image import ImageFile, check_range, coalesce, writable_bytes
 from replica.model import MAX_DISK_BYTES, SECTOR_BYTES, random_id
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ class FlatImage:
         """Let clean pages go, so that the next read comes from the device; length 0 means to the end."""
         self._file.drop_cache(offset, length)
 
+    @property
+    def files(self) -> tuple[ImageFile, ...]:
+        info = self._file.stat()
+        return (ImageFile(self.path, info.st_dev, info.st_ino),)
+
     def has_name(self) -> bool:
         """Whether its file is still the one with its name (`File.has_name`)."""
         return self._file.has_name()
@@ -182,7 +187,7 @@ class FlatImage:
         return self._data_bytes + (vhd.FOOTER_BYTES if self.format == "vhd" else 0)
 
     def _footer(self) -> bytes:
-        return vhd.Footer.fixed(self._data_bytes, self.unique_id).encode()
+        return vhd.Footer.new(vhd.DiskType.FIXED, self._data_bytes, self.unique_id).encode()
 
     def _lay_out(self, kept: int = 0) -> None:
         """Keep the first `kept` bytes, zeros (a hole) up to the size, padding, footer.

@@ -1,31 +1,80 @@
-"""Which reader opens which image: by the given format, else by the name."""
+"""The formats: what opens and what makes an image, by the given format, else by the name.
+
+A format is one entry of `FORMATS`, and everything that names formats (the
+configuration, the command line, errors, `probe`) takes them from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Final
+from uuid import UUID
 
 from replica.durable import FileSystem
 from replica.errors import ImageError
-from replica.images.image import Image
+from replica.images.facts import DiskImage
+from replica.images.flat import FlatFormat, FlatImage
+from replica.images.image import ImageWriter
 from replica.images.raw import RawImage
-from replica.images.source import image_errors
+from replica.images.source import Source, image_errors
 from replica.images.vhd import VhdImage
+from replica.images.vhd_write import VhdWriter
+from replica.images.vhdx import VhdxImage
+from replica.images.vhdx_write import VhdxWriter
+from replica.model import random_id
 
-FORMATS: dict[str, Callable[[FileSystem, Path], Image]] = {"raw": RawImage.open, "vhd": VhdImage.open}
-"""The words of `format =`, and what opens such an image."""
+Opener = Callable[[FileSystem, Path, Sequence[Path]], DiskImage]
+"""File system, image, folders that parents may lie in besides the image's own."""
+Creator = Callable[[FileSystem, Path, int, UUID], ImageWriter]
+"""File system, path, size of the disk, its id."""
+Sign = tuple[int, bytes]
+"""An offset (negative: from the end) and what stands there in an image of that format."""
 
-_EXTENSIONS = {".raw": "raw", ".img": "raw", ".vhd": "vhd"}
-_MERGE = "merge it with its parents in the hypervisor (delete the snapshot) and name the whole disk"
-_CONVERT = 'convert it to a VHD ("qemu-img convert -O vpc -o force_size=on ...") while the machine is off'
-_UNSUPPORTED = {
-    ".avhd": _MERGE,
-    ".avhdx": _MERGE,
-    ".vhdx": _CONVERT,
-    ".qcow2": _CONVERT,
-    ".vmdk": _CONVERT,
-    ".vdi": _CONVERT,
+
+@dataclass(frozen=True)
+class Format:
+    """One format. `create` has an entry per subformat, the usual one first; `signs` in the order of their weight."""
+
+    open: Opener
+    create: Mapping[str, Creator]
+    extensions: tuple[str, ...]
+    signs: tuple[Sign, ...] = field(default=())
+
+
+def _flat(format: FlatFormat) -> Creator:
+    return lambda fs, path, size_bytes, unique_id: FlatImage.create(fs, path, format, size_bytes, unique_id)
+
+
+FORMATS: Final[dict[str, Format]] = {
+    "raw": Format(RawImage.open, {"fixed": _flat("raw")}, (".raw", ".img")),
+    "vhd": Format(
+        VhdImage.open,
+        {"dynamic": VhdWriter.create, "fixed": _flat("vhd")},
+        (".vhd", ".avhd"),
+        ((-512, b"conectix"), (-511, b"conectix"), (0, b"conectix")),
+    ),
+    "vhdx": Format(
+        VhdxImage.open,
+        {"dynamic": VhdxWriter.create, "fixed": partial(VhdxWriter.create, fixed=True)},
+        (".vhdx", ".avhdx"),
+        ((0, b"vhdxfile"),),
+    ),
 }
+"""The words of `format =`, and what they mean."""
+
+_EXTENSIONS = {extension: name for name, format in FORMATS.items() for extension in format.extensions}
+_CONVERT = 'convert it to a VHD ("qemu-img convert -O vpc -o force_size=on ...") while the machine is off'
+_UNSUPPORTED = dict.fromkeys((".qcow2", ".vmdk", ".vdi"), _CONVERT)
+_FOREIGN: Final[dict[str, tuple[Sign, ...]]] = {
+    "qcow2": ((0, b"QFI\xfb"),),
+    "vmdk": ((0, b"KDMV"), (0, b"# Disk DescriptorFile")),
+    "vdi": ((64, b"\x7f\x10\xda\xbe"),),
+}
+"""What `probe` knows besides `FORMATS`."""
 _CHOICE = " or ".join(f'format = "{name}"' for name in FORMATS)
 
 
@@ -46,13 +95,71 @@ def format_of(path: Path, format: str | None = None) -> str:
             kind = "a directory" if path.is_dir() else "neither a file nor a block device"
             raise ImageError(f"image {path} is {kind}", hint="name the image file itself in the configuration")
     extension = path.suffix.lower()
+    if extension in _EXTENSIONS:
+        return _EXTENSIONS[extension]
     if extension in _UNSUPPORTED:
         raise ImageError(f"image {path}: {extension} images are not supported yet", hint=_UNSUPPORTED[extension])
-    if extension not in _EXTENSIONS:
-        raise ImageError(f"image {path}: its name does not say its format", hint=f"set {_CHOICE} for this disk")
-    return _EXTENSIONS[extension]
+    raise ImageError(f"image {path}: its name does not say its format", hint=f"set {_CHOICE} for this disk")
 
 
-def open(path: Path, format: str | None = None, *, fs: FileSystem | None = None) -> Image:
-    """Open an image for reading. ImageError: not there, unreadable, or not of its format."""
-    return FORMATS[format_of(path, format)](fs or FileSystem(), path)
+def open(
+    path: Path, format: str | None = None, *, fs: FileSystem | None = None, parents: Sequence[Path] = ()
+) -> DiskImage:
+    """Open an image, and all its parents, for reading.
+
+    `parents`: folders, besides the image's own, that parents of a differencing image may lie in.
+
+    ImageError: not there, unreadable, not of its format, or without its parents.
+    """
+    name, fs = format_of(path, format), fs or FileSystem()
+    try:
+        return FORMATS[name].open(fs, path, parents)
+    except ImageError as error:
+        looks = probe(path, fs=fs)
+        if looks is None or looks == name:
+            raise
+        raise ImageError(f"{error.message} (its content looks like {looks})", hint=error.hint) from error
+
+
+def create(
+    path: Path,
+    format: str,
+    size_bytes: int,
+    *,
+    subformat: str | None = None,
+    unique_id: UUID | None = None,
+    fs: FileSystem | None = None,
+) -> ImageWriter:
+    """A new image of zeros, to be filled; it must not exist, and is whole once it is synced.
+
+    ImageError for a format or subformat that is not known, or that has no disk of that size; StorageError.
+    """
+    if format not in FORMATS:
+        raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"choose {' or '.join(FORMATS)}")
+    creators = FORMATS[format].create
+    maker = creators.get(subformat or next(iter(creators)))
+    if maker is None:
+        raise ImageError(
+            f"image {path}: {format} has no subformat {subformat!r}", hint=f"choose {' or '.join(creators)}"
+        )
+    return maker(fs or FileSystem(), path, size_bytes, unique_id or random_id())
+
+
+def probe(path: Path, *, fs: FileSystem | None = None) -> str | None:
+    """What the content looks like, a name of `FORMATS` or another format's; None: nothing known, as a raw disk.
+
+    Advisory: for people to read. Whoever wrote the content, a guest say, chose what it looks like, so it never
+    decides how an image is read. None also where the file cannot be read.
+    """
+    signs = [(name, *sign) for name, format in FORMATS.items() for sign in format.signs]
+    signs += [(name, *sign) for name, entries in _FOREIGN.items() if name not in FORMATS for sign in entries]
+    with suppress(ImageError):
+        source = Source.open(fs or FileSystem(), path)
+        try:
+            for name, offset, sign in signs:
+                place = offset if offset >= 0 else source.size_bytes + offset
+                if 0 <= place <= source.size_bytes - len(sign) and source.read(place, len(sign)) == sign:
+                    return name
+        finally:
+            source.close()
+    return None

@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from uuid import UUID
 
 import numpy as np
 
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class ImageFile(NamedTuple):
+    """A file that is open under an image, whatever its path names by now."""
+
+    path: Path
+    device: int
+    inode: int
 
 
 class Image(Protocol):
@@ -68,12 +77,55 @@ class Image(Protocol):
         ...
 
     @property
-    def file_id(self) -> tuple[int, int]:
-        """Device and inode of the file that is open here, whatever its path names by now."""
+    def files(self) -> tuple[ImageFile, ...]:
+        """Every file that is open here: the image's own first, then its parents in a differencing chain."""
         ...
 
     def close(self) -> None:
         """Idempotent; no other call may follow or be under way."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+
+class ParentLink(NamedTuple):
+    """The parent that a new differencing image is to have."""
+
+    path: Path
+    """Where the parent will lie, seen from where the child is made."""
+    unique_id: UUID
+    """Its own id in its format: the unique id of a VHD, the data write GUID of a VHDX."""
+    modified_at: float = 0
+    """The parent file's Unix time of modification, if it is known."""
+
+
+class ImageWriter(Protocol):
+    """A new image that is being filled. For one thread. Failures of the file system are StorageErrors."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`, at any place in any order. ImageError past the disk's end."""
+        ...
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros; only needed over a parent's content, or over what was written."""
+        ...
+
+    def sync(self) -> None:
+        """The file is a whole image and on stable storage when this returns."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
         ...
 
     def __enter__(self) -> Self: ...

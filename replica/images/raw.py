@@ -6,13 +6,14 @@ says nothing about its zeros: all of it counts as allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from replica.durable import FileSystem
 from replica.errors import ImageError
+from replica.images.facts import FileFacts
 from replica.images.image import check_range
 from replica.images.source import Source
 from replica.model import MAX_DISK_BYTES
@@ -33,10 +34,11 @@ class RawImage:
         self.path: Path = source.path
         self.size_bytes = source.size_bytes
         self.sector_bytes = source.sector_bytes
-        self.file_id = source.file_id
+        self.files = (source.file,)
 
     @classmethod
-    def open(cls, fs: FileSystem, path: Path) -> RawImage:
+    def open(cls, fs: FileSystem, path: Path, parents: Sequence[Path] = ()) -> RawImage:
+        """A raw image has no parents."""
         source = Source.open(fs, path)
         try:
             return cls(source)
@@ -50,6 +52,10 @@ class RawImage:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         check_range(self.path, offset, memoryview(buffer).nbytes, self.size_bytes)
         self._source.read_into(offset, buffer)
+
+    def facts(self) -> tuple[FileFacts, ...]:
+        kind = "device" if self._source.device else "fixed"
+        return (FileFacts(path=str(self.path), subformat=kind, size_bytes=self.size_bytes),)
 
     def close(self) -> None:
         self._source.close()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from replica.durable import File, FileSystem
 from replica.errors import ImageError, StorageError
-from replica.images.image import coalesce
+from replica.images.image import ImageFile, coalesce
 from replica.model import SECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class Source:
         self.path = path
         self.size_bytes = size_bytes
         self.sector_bytes = sector_bytes
-        self._device = device
+        self.device = device
         with image_errors(path):
             info = file.stat()
-        self.file_id = (info.st_dev, info.st_ino)
-        """Device and inode of what is open, whatever the path names by now."""
+        self.file = ImageFile(path, info.st_dev, info.st_ino)
+        self.modified_at = info.st_mtime
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path) -> Source:
@@ -91,7 +91,7 @@ class Source:
 
     def next_data(self, offset: int) -> int:
         """The first byte at or after `offset` that is not in a hole (a huge number: none)."""
-        if self._device:
+        if self.device:
             return offset
         try:
             return self._file.seek(offset, os.SEEK_DATA)
@@ -100,7 +100,7 @@ class Source:
 
     def next_hole(self, offset: int) -> int:
         """The first byte after data at `offset` that is in a hole (a huge number: none is known)."""
-        if self._device:
+        if self.device:
             return sys.maxsize
         try:
             return self._file.seek(offset, os.SEEK_HOLE)

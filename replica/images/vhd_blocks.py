@@ -1,131 +1,172 @@
-"""The blocks of a dynamic VHD: allocation table and sector bitmaps.
+"""The blocks of a dynamic or differencing VHD: allocation table and sector bitmaps.
 
 The block allocation table (BAT, section "Block Allocation Table and Data
 Blocks") has one entry per block of the disk: the sector of the file at which
 the block lies, or 0xFFFFFFFF. A block in the file is a sector bitmap, padded to
 whole sectors, and the block's data behind it. In the bitmap bit 0x80 of the
 first byte is the block's first sector; a cleared bit means that the sector was
-never written: it reads as zeros whatever lies in its place.
+never written: whatever lies in its place, it is the parent's, or zeros where
+there is no parent.
 
 Nothing in the table is believed before it was checked as a whole (`BlockMap`):
-every block lies inside the file, on nothing else, and nowhere twice. After that
-a read is at most one `pread` per block, plus one for the block's bitmap when it
-is first met. That a bitmap is all ones (what Hyper-V and qemu write) is
-remembered in a byte per block; the others are kept in a cache of bounded size.
+every block lies inside the file, on nothing else, and nowhere twice. What is
+kept of it are two arrays with a row for each block that is there. A block's
+bitmap is read when the block is first met. That it is all ones (what Hyper-V
+and qemu write) or all zeros is remembered in a byte per block; the others are
+kept in a cache of bounded size, one for all files of a chain.
 
-Memory: at most `MAX_BLOCKS` entries of five bytes, and the cache.
+Memory: nine bytes for each of at most `MAX_CHAIN_BLOCKS` allocated blocks, and the cache.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from itertools import count
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 
+from replica.cache import Cache
 from replica.errors import ImageError
-from replica.images.source import DataCursor, Source
+from replica.images.overlay import EXTENT, clip, make_extents
+from replica.images.source import Source
 from replica.images.vhd_format import FOOTER_BYTES, HEADER_BYTES, NO_BLOCK, DynamicHeader
 from replica.model import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from replica.images.image import Bytes
+    from replica.images.overlay import Extents
 
     Table = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
 MAX_BLOCKS: Final = 1 << 22
 """Most blocks of a disk. The largest VHD has 2^20 blocks of the usual 2 MiB, and fewer than 2^22 of 512 KiB."""
+MAX_CHAIN_BLOCKS: Final = 6 << 20
+"""Most allocated blocks of all files of a chain."""
 MIN_BLOCK_BYTES: Final = SECTOR_BYTES
 MAX_BLOCK_BYTES: Final = 256 << 20
 _CACHED_BITMAP_BYTES: Final = 8 << 20
+_ENTRIES_PER_READ: Final = 1 << 18
+_SOME, _ALL, _NONE = 0, 1, 2
+"""What is known of a block's bitmap: nothing, or that some bits are set; that all are; that none is."""
+
+
+class ChainMemory:
+    """What the block maps of one chain share, so that the chain's memory is bounded and not only each file's."""
+
+    def __init__(self) -> None:
+        self.bitmaps = Cache(_CACHED_BITMAP_BYTES)
+        self.maps = count()
+        self._left = MAX_CHAIN_BLOCKS
+
+    def take(self, blocks: int) -> bool:
+        """Whether so many allocated blocks may still be kept."""
+        self._left -= blocks
+        return self._left >= 0
 
 
 class BlockMap:
-    """Where the disk's blocks lie. Thread-safe; the table is as it was when opened."""
+    """Where the disk's blocks lie in one file. Thread-safe; the table is as it was when opened."""
 
-    def __init__(self, source: Source, header: DynamicHeader, header_offset: int, size_bytes: int, stop: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        header: DynamicHeader,
+        header_offset: int,
+        size_bytes: int,
+        stop: int,
+        memory: ChainMemory,
+    ) -> None:
         """Read and check the table. `stop`: where blocks must end (the footer, or the end of the file)."""
         self.source = source
         self.block_bytes = _block_bytes(source, header)
         self.size_bytes = size_bytes
         bits = self.block_bytes // SECTOR_BYTES
-        self.bitmap_bytes = -(-bits // (8 * SECTOR_BYTES)) * SECTOR_BYTES
-        self._table = _table(source, header, size_bytes)
+        self.bitmap_bytes = bitmap_bytes(self.block_bytes)
+        self._bits = bits
+        self._ones = np.packbits(np.ones(bits, dtype=np.uint8)).tobytes()
+        self._numbers, self._sectors = _read_table(source, header, size_bytes, memory)
         reserved = [
             (0, FOOTER_BYTES),
             (header_offset, header_offset + HEADER_BYTES),
             (header.table_offset, header.table_offset + 4 * header.max_table_entries),
         ]
-        _check_places(source, self._table, self.bitmap_bytes + self.block_bytes, reserved, stop)
-        self._full = np.zeros(len(self._table), dtype=np.uint8)
-        self._bitmaps: OrderedDict[int, Bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        _check_places(source, self._sectors, self.bitmap_bytes + self.block_bytes, reserved, stop)
+        self._bits_set = np.full(len(self._numbers), _SOME, dtype=np.uint8)
+        self._cache, self._key = memory.bitmaps, next(memory.maps)
 
-    def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Half-open ranges of the disk that lie in allocated blocks and in no hole of the file (may touch)."""
-        cursor = DataCursor(self.source)
-        first, last = start // self.block_bytes, -(-stop // self.block_bytes)
-        for step in range(first, last, 1 << 16):
-            for block in step + np.flatnonzero(self._table[step : min(step + (1 << 16), last)] != NO_BLOCK):
-                begin = int(block) * self.block_bytes
-                end = min(begin + self.block_bytes, stop)
-                shift = self._data_offset(int(block)) - begin
-                for run_start, run_stop in cursor.runs(max(begin, start) + shift, end + shift):
-                    yield run_start - shift, run_stop - shift
+    @property
+    def count_allocated(self) -> int:
+        """How many blocks are in the file."""
+        return len(self._numbers)
 
-    def read_into(self, offset: int, target: Bytes) -> None:
-        """Fill `target` from the disk; the caller has checked the range."""
-        done = 0
-        while done < len(target):
-            block, within = divmod(offset + done, self.block_bytes)
-            length = min(self.block_bytes - within, len(target) - done)
-            part = target[done : done + length]
-            if self._table[block] == NO_BLOCK:
-                part[:] = 0
-            else:
-                self._read_block(block, within, part)
-            done += length
+    def outline(self, start: int, stop: int) -> Extents:
+        """`Layer.outline`: whole blocks, `whole` where the bitmap is known to be all ones."""
+        return clip(self._rows(*self._find(start, stop)), start, stop)
 
-    def _read_block(self, block: int, within: int, part: Bytes) -> None:
-        """Read inside one allocated block: its data, then zeros over the sectors that were never written."""
-        bitmap = None if self._full[block] else self._bitmap(block)
-        if bitmap is None:
-            self.source.read_into(self._data_offset(block) + within, part.data)
-            return
-        first, last = within // SECTOR_BYTES, -(-(within + len(part)) // SECTOR_BYTES)
-        byte = first // 8
-        present = np.unpackbits(bitmap[byte : -(-last // 8)])[first - byte * 8 : last - byte * 8]
-        if not present.any():
-            part[:] = 0
-            return
-        self.source.read_into(self._data_offset(block) + within, part.data)
-        edges = np.flatnonzero(np.diff(present, prepend=1, append=1))
-        for begin, end in edges.reshape(-1, 2).tolist():
-            part[max(0, (first + begin) * SECTOR_BYTES - within) : (first + end) * SECTOR_BYTES - within] = 0
+    def extents(self, start: int, stop: int) -> Extents:
+        """`Layer.extents`: the sectors that were written. Reads bitmaps that are met for the first time."""
+        first, last = self._find(start, stop)
+        partial = [
+            (first + int(index), bitmap)
+            for index in np.flatnonzero(self._bits_set[first:last] == _SOME)
+            if (bitmap := self._bitmap(first + int(index))) is not None
+        ]
+        pieces: list[Extents] = []
+        for row, bitmap in partial:
+            pieces += [self._rows(first, row), self._runs(self._rows(row, row + 1)[0], bitmap, start, stop)]
+            first = row + 1
+        rows = self._rows(first, last)
+        return clip(np.concatenate([*pieces, rows]) if pieces else rows, start, stop)
 
-    def _bitmap(self, block: int) -> Bytes | None:
-        """The block's sector bitmap, or None if every sector is there (and that is remembered)."""
-        with self._lock:
-            if block in self._bitmaps:
-                self._bitmaps.move_to_end(block)
-                return self._bitmaps[block]
-        count_bits = self.block_bytes // SECTOR_BYTES
-        data = self.source.read(int(self._table[block]) * SECTOR_BYTES, self.bitmap_bytes)
-        bitmap = np.frombuffer(data, dtype=np.uint8, count=-(-count_bits // 8))
-        if np.unpackbits(bitmap, count=count_bits).all():
-            self._full[block] = 1
+    def _find(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the blocks that [start, stop) touches."""
+        edges = np.array([start // self.block_bytes, -(-stop // self.block_bytes)], dtype=np.uint32)
+        first, last = np.searchsorted(self._numbers, edges).tolist()
+        return first, max(first, last)
+
+    def _rows(self, first: int, last: int) -> Extents:
+        """One row per block, but for those that are known to be empty."""
+        bits = self._bits_set[first:last]
+        starts = self._numbers[first:last].astype(np.int64) * self.block_bytes
+        places = self._sectors[first:last].astype(np.int64) * SECTOR_BYTES + self.bitmap_bytes
+        stops = np.minimum(starts + self.block_bytes, self.size_bytes)
+        rows = make_extents(starts, stops, places, bits == _ALL)
+        there = bits != _NONE
+        return rows if there.all() else rows[there]
+
+    def _runs(self, block: np.void, bitmap: Bytes, start: int, stop: int) -> Extents:
+        """The runs of ones of one block's bitmap, as far as [start, stop) reaches; `block` is its row."""
+        begin = int(block["start"])
+        low = max(start - begin, 0) // SECTOR_BYTES
+        high = min(-(-(min(stop, int(block["stop"])) - begin) // SECTOR_BYTES), self._bits)
+        if low >= high:
+            return np.empty(0, EXTENT)
+        byte = low // 8
+        present = np.unpackbits(bitmap[byte : -(-high // 8)])[low - byte * 8 : high - byte * 8]
+        edges = np.flatnonzero(np.diff(present, prepend=0, append=0)).reshape(-1, 2) * SECTOR_BYTES + low * SECTOR_BYTES
+        return make_extents(edges[:, 0] + begin, edges[:, 1] + begin, edges[:, 0] + int(block["place"]))
+
+    def _bitmap(self, row: int) -> Bytes | None:
+        """The block's sector bitmap, or None if all or no sectors are there (and that is remembered)."""
+        key = (self._key, row)
+        if (known := self._cache.get(key)) is not None:
+            return cast("Bytes", known)
+        data = self.source.read(int(self._sectors[row]) * SECTOR_BYTES, self.bitmap_bytes)
+        bitmap = np.frombuffer(data, dtype=np.uint8, count=len(self._ones))
+        if data.startswith(self._ones) or np.unpackbits(bitmap, count=self._bits).all():
+            self._bits_set[row] = _ALL
             return None
-        with self._lock:
-            self._bitmaps[block] = bitmap
-            while len(self._bitmaps) * self.bitmap_bytes > _CACHED_BITMAP_BYTES:
-                self._bitmaps.popitem(last=False)
+        if not bitmap.any():
+            self._bits_set[row] = _NONE
+            return None
+        self._cache.put(key, bitmap, self.bitmap_bytes)
         return bitmap
 
-    def _data_offset(self, block: int) -> int:
-        return int(self._table[block]) * SECTOR_BYTES + self.bitmap_bytes
+
+def bitmap_bytes(block_bytes: int) -> int:
+    """The size of a block's sector bitmap in the file, padded to whole sectors."""
+    return -(-block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
 
 
 def _block_bytes(source: Source, header: DynamicHeader) -> int:
@@ -136,36 +177,47 @@ def _block_bytes(source: Source, header: DynamicHeader) -> int:
     return size
 
 
-def _table(source: Source, header: DynamicHeader, size_bytes: int) -> Table:
-    """The table's entries for the disk's size, bounded before anything is allocated."""
-    count = -(-size_bytes // header.block_bytes)
-    if count > MAX_BLOCKS:
-        raise damaged(source, f"{size_bytes} bytes in blocks of {header.block_bytes} are more than {MAX_BLOCKS} blocks")
-    if header.max_table_entries < count:
-        problem = f"its table has {header.max_table_entries} entries, the size {size_bytes} needs {count}"
+def _read_table(source: Source, header: DynamicHeader, size_bytes: int, memory: ChainMemory) -> tuple[Table, Table]:
+    """The allocated blocks of the disk's size: their numbers and sectors. Bounded before anything is allocated."""
+    blocks = -(-size_bytes // header.block_bytes)
+    if blocks > MAX_BLOCKS:
+        problem = f"{size_bytes} bytes in blocks of {header.block_bytes} are more than {MAX_BLOCKS} blocks"
+        raise damaged(source, problem)
+    if header.max_table_entries < blocks:
+        problem = f"its table has {header.max_table_entries} entries, the size {size_bytes} needs {blocks}"
         raise damaged(source, problem)
     if header.table_offset + 4 * header.max_table_entries > source.size_bytes:
         problem = f"its table ({header.max_table_entries} entries at {header.table_offset}) is not inside the file"
         raise damaged(source, problem)
-    table: Table = np.empty(count, dtype=np.uint32)
-    source.read_into(header.table_offset, table.data)
-    return table.byteswap(inplace=True) if sys.byteorder == "little" else table
+    numbers: list[Table] = []
+    sectors: list[Table] = []
+    for first in range(0, blocks, _ENTRIES_PER_READ):
+        table = np.empty(min(_ENTRIES_PER_READ, blocks - first), dtype=np.uint32)
+        source.read_into(header.table_offset + 4 * first, table.data)
+        if sys.byteorder == "little":
+            table.byteswap(inplace=True)
+        there = np.flatnonzero(table != NO_BLOCK)
+        if not memory.take(len(there)):
+            raise damaged(source, f"it and its parents have more than {MAX_CHAIN_BLOCKS} blocks in their files")
+        numbers.append((there + first).astype(np.uint32))
+        sectors.append(table[there])
+    empty = [np.empty(0, dtype=np.uint32)]
+    return np.concatenate(empty + numbers), np.concatenate(empty + sectors)
 
 
-def _check_places(source: Source, table: Table, span: int, reserved: list[tuple[int, int]], stop: int) -> None:
+def _check_places(source: Source, sectors: Table, span: int, reserved: list[tuple[int, int]], stop: int) -> None:
     """Every allocated block (of `span` bytes) lies inside the file, beside the structures, and on no other block.
 
     In sectors, as the table has them: the arrays stay as small as it is.
     """
-    starts = table[table != NO_BLOCK]
-    starts.sort()
+    starts = np.sort(sectors)
     if not len(starts):
         return
     last = int(starts[-1]) * SECTOR_BYTES
     if last + span > stop:
         raise damaged(source, f"a block at byte {last} reaches beyond the end of the file's data at {stop}")
     for begin, end in reserved:
-        before_end = int(np.searchsorted(starts, -(-end // SECTOR_BYTES)))
+        before_end = int(np.searchsorted(starts, np.uint32(-(-end // SECTOR_BYTES))))
         nearest = int(starts[before_end - 1]) * SECTOR_BYTES if before_end else -span
         if nearest + span > begin:
             raise damaged(source, f"a block at byte {nearest} lies on the headers or the table")

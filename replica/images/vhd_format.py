@@ -20,10 +20,19 @@ every VHD, with a copy at offset 0 of dynamic and differencing ones:
 Dynamic disk header (section "Dynamic Disk Header Format"), 1024 bytes at the
 footer's data offset:
 
-    0      8    cookie "cxsparse"    28     4    max table entries
-    8      8    data offset, unused  32     4    block size in bytes
-    16     8    table offset         36     4    checksum
-    24     4    header version       40     984  parent of a differencing disk, reserved
+    0      8    cookie "cxsparse"    36     4    checksum
+    8      8    data offset, unused  40     16   parent's unique id
+    16     8    table offset         56     4    parent's time stamp
+    24     4    header version       60     4    reserved
+    28     4    max table entries    64     512  parent's name, UTF-16 (big-endian)
+    32     4    block size in bytes  576    192  8 parent locator entries; reserved to 1024
+
+A parent locator entry (same section) says where in the file a name of the parent
+lies: platform code 4, space 4, length in bytes 4, reserved 4, offset 8. `W2ku` is
+an absolute and `W2ru` a relative path of Windows in UTF-16LE, `MacX` a file URL.
+Some programs count the space in sectors, some in bytes; nothing here needs it.
+
+Time stamps are seconds since January 1, 2000, 0:00 UTC.
 
 Both checksums are the one's complement of the sum of all bytes of the structure
 without the checksum field itself.
@@ -38,9 +47,10 @@ geometry at its maximum cannot express the size and always means the current one
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
+from urllib.parse import unquote
 from uuid import UUID
 
 from replica.model import SECTOR_BYTES
@@ -55,10 +65,15 @@ NO_BLOCK: Final = 0xFFFFFFFF
 """The block allocation table's entry of a block that is not allocated."""
 
 _FOOTER: Final = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427x")
-_HEADER: Final = struct.Struct(">8sQQIIII984x")
+_HEADER: Final = struct.Struct(">8sQQIIII16sI4x512s192s256x")
+_LOCATOR: Final = struct.Struct(">4sIIIQ")
 _FOOTER_CHECKSUM: Final = 64
 _HEADER_CHECKSUM: Final = 36
 _NO_OFFSET: Final = 0xFFFFFFFFFFFFFFFF
+_NAME_BYTES: Final = 512
+_WINDOWS_PATHS: Final = (b"W2ru", b"W2ku")
+_EPOCH: Final = 946684800
+NO_ID: Final = UUID(int=0)
 _GEOMETRY_CREATORS: Final = (b"vpc ", b"qemu")
 
 
@@ -102,6 +117,11 @@ class Geometry:
 MAX_GEOMETRY: Final = Geometry(65535, 16, 255)
 
 
+def stamp_of(seconds: float) -> int:
+    """A Unix time as a VHD's time stamp."""
+    return max(0, min(int(seconds) - _EPOCH, 0xFFFFFFFF))
+
+
 @dataclass(frozen=True, slots=True)
 class Footer:
     """A hard disk footer whose cookie, version and checksum fit."""
@@ -112,6 +132,8 @@ class Footer:
     creator: bytes
     unique_id: UUID
     data_offset: int
+    time_stamp: int = field(default=0, compare=False)
+    saved_state: bool = field(default=False, compare=False)
 
     @property
     def size_bytes(self) -> int:
@@ -121,22 +143,24 @@ class Footer:
         return self.current_size_bytes
 
     @classmethod
-    def fixed(cls, size_bytes: int, unique_id: UUID) -> Footer:
-        """The footer this project writes: a pure function of size and id.
+    def new(cls, disk_type: DiskType, size_bytes: int, unique_id: UUID) -> Footer:
+        """The footer this project writes: a pure function of kind, size and id.
 
         Creator `win ` (Hyper-V's) makes every reader take the current size.
         The id is the disk's and stays, whatever the size; the time stamp is
         zero, so a footer written again after a crash is the same bytes.
         """
-        return cls(DiskType.FIXED, size_bytes, Geometry.of(size_bytes), b"win ", unique_id, _NO_OFFSET)
+        offset = _NO_OFFSET if disk_type == DiskType.FIXED else FOOTER_BYTES
+        return cls(disk_type, size_bytes, Geometry.of(size_bytes), b"win ", unique_id, offset)
 
     def encode(self) -> bytes:
         """512 bytes with a valid checksum."""
         g = self.geometry
         size = self.current_size_bytes
         data = bytearray(
-            _FOOTER.pack(b"conectix", 2, 0x00010000, self.data_offset, 0, self.creator, 0x000A0000, b"Wi2k",
-                         size, size, g.cylinders, g.heads, g.sectors, self.disk_type, 0, self.unique_id.bytes, 0)
+            _FOOTER.pack(b"conectix", 2, 0x00010000, self.data_offset, self.time_stamp, self.creator, 0x000A0000,
+                         b"Wi2k", size, size, g.cylinders, g.heads, g.sectors, self.disk_type, 0,
+                         self.unique_id.bytes, self.saved_state)
         )  # fmt: skip
         struct.pack_into(">I", data, _FOOTER_CHECKSUM, checksum(data, _FOOTER_CHECKSUM))
         return bytes(data)
@@ -145,15 +169,32 @@ class Footer:
     def decode(cls, data: bytes) -> Footer:
         """The footer in 512 (or 511) bytes. ValueError says why they are none."""
         data = data.ljust(FOOTER_BYTES, b"\0")
-        (cookie, _features, version, data_offset, _stamp, creator, _creator_version, _host, _original, current,
-         cylinders, heads, sectors, disk_type, check, unique_id, _saved) = _FOOTER.unpack(data)  # fmt: skip
+        (cookie, _features, version, data_offset, stamp, creator, _creator_version, _host, _original, current,
+         cylinders, heads, sectors, disk_type, check, unique_id, saved) = _FOOTER.unpack(data)  # fmt: skip
         if cookie != b"conectix":
             raise ValueError("it does not start with 'conectix'")
         if check != checksum(data, _FOOTER_CHECKSUM):
             raise ValueError("its checksum does not fit")
         if version >> 16 != 1:
             raise ValueError(f"its format version is {version >> 16}.{version & 0xFFFF}, only 1.x is known")
-        return cls(disk_type, current, Geometry(cylinders, heads, sectors), creator, UUID(bytes=unique_id), data_offset)
+        geometry = Geometry(cylinders, heads, sectors)
+        return cls(disk_type, current, geometry, creator, UUID(bytes=unique_id), data_offset, stamp, bool(saved))
+
+
+class Locator(NamedTuple):
+    """Where a name of the parent lies in the file; not yet believed."""
+
+    code: bytes
+    length: int
+    offset: int
+
+    def decode(self, data: bytes) -> str:
+        """The path in what the file has there; empty where the platform's paths are not known."""
+        if self.code in _WINDOWS_PATHS:
+            return _text(data, "utf-16-le")
+        if self.code == b"MacX":
+            return unquote(_text(data, "utf-8").removeprefix("file://"))
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +204,50 @@ class DynamicHeader:
     table_offset: int
     max_table_entries: int
     block_bytes: int
+    parent_id: UUID = NO_ID
+    parent_stamp: int = 0
+    parent_name: str = ""
+    locators: tuple[Locator, ...] = ()
+
+    def encode(self) -> bytes:
+        """1024 bytes with a valid checksum."""
+        name = self.parent_name.encode("utf-16-be", "surrogatepass")[:_NAME_BYTES]
+        entries = b"".join(
+            _LOCATOR.pack(entry.code, -(-entry.length // SECTOR_BYTES) * SECTOR_BYTES, entry.length, 0, entry.offset)
+            for entry in self.locators
+        )
+        data = bytearray(
+            _HEADER.pack(b"cxsparse", _NO_OFFSET, self.table_offset, 0x00010000, self.max_table_entries,
+                         self.block_bytes, 0, self.parent_id.bytes, self.parent_stamp, name, entries)
+        )  # fmt: skip
+        struct.pack_into(">I", data, _HEADER_CHECKSUM, checksum(data, _HEADER_CHECKSUM))
+        return bytes(data)
 
     @classmethod
     def decode(cls, data: bytes) -> DynamicHeader:
         """The header in 1024 bytes. ValueError says why they are none."""
-        cookie, _next, table_offset, version, entries, block_bytes, check = _HEADER.unpack(data)
+        (cookie, _next, table_offset, version, entries, block_bytes, check,
+         parent_id, parent_stamp, name, locators) = _HEADER.unpack(data)  # fmt: skip
         if cookie != b"cxsparse":
             raise ValueError("it does not start with 'cxsparse'")
         if check != checksum(data, _HEADER_CHECKSUM):
             raise ValueError("its checksum does not fit")
         if version >> 16 != 1:
             raise ValueError(f"its version is {version >> 16}.{version & 0xFFFF}, only 1.x is known")
-        return cls(table_offset, entries, block_bytes)
+        found = (Locator(code, length, offset) for code, _, length, _, offset in _LOCATOR.iter_unpack(locators))
+        return cls(
+            table_offset,
+            entries,
+            block_bytes,
+            UUID(bytes=parent_id),
+            parent_stamp,
+            _text(name, "utf-16-be"),
+            tuple(locator for locator in found if locator.code != bytes(4)),
+        )
+
+
+def _text(data: bytes, encoding: str) -> str:
+    return data.decode(encoding, "replace").partition("\0")[0]
 
 
 def checksum(data: bytes | bytearray, field: int) -> int:

@@ -60,7 +60,7 @@ def measure(fs: FileSystem, machine: MachineSpec) -> tuple[Wanted, ...]:
     """
     found = []
     for spec in machine.disks:
-        with images.open(spec.image, spec.format, fs=fs) as image:
+        with images.open(spec.image, spec.format, fs=fs, parents=spec.parents) as image:
             disk = Disk(UNKNOWN_DISK_ID, spec.name, image.size_bytes, image.sector_bytes)
         found.append(Wanted(disk, str(spec.image), spec.formerly))
     if machine.files:

@@ -40,7 +40,7 @@ def archive_path(path: Path) -> str:
 class FilesImage:
     """Implements `images.Image`: the archive of the files, zeros behind it. Thread-safe for reading."""
 
-    format, path, file_id = "raw", Path(FILES_DISK_NAME), (0, 0)
+    format, path, files = "raw", Path(FILES_DISK_NAME), ()
     size_bytes, sector_bytes = FILES_DISK_BYTES, SECTOR_BYTES
 
     def __init__(self, fs: FileSystem, files: Sequence[Path], *, running: bool = False) -> None:

@@ -205,9 +205,9 @@ def open_disk(fs: FileSystem, machine: MachineSpec, snapshot: Snapshot, disk: Di
         return FilesImage(fs, machine.files, running=isinstance(snapshot, Running))
     spec = next(spec for spec in machine.disks if spec.name == disk.name)
     path = snapshot.paths[disk.name]
-    image = images.open(path, images.format_of(spec.image, spec.format), fs=fs)
+    image = images.open(path, images.format_of(spec.image, spec.format), fs=fs, parents=spec.parents)
     try:
-        snapshot.opened(disk.name, image.file_id)
+        snapshot.opened(disk.name, image.files)
         if image.size_bytes != disk.size_bytes:
             raise SizeChangedError(
                 f"disk {disk.name!r}: {path} has {image.size_bytes} bytes where {disk.size_bytes} were expected",

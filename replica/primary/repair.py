@@ -95,7 +95,7 @@ class Repair:
         begin, end = first * disk.leaf_bytes, min(stop * disk.leaf_bytes, disk.size_bytes)
         buffer = np.empty(end - begin, dtype=np.uint8)
         try:
-            with images.open(spec.image, spec.format, fs=self._fs) as image:
+            with images.open(spec.image, spec.format, fs=self._fs, parents=spec.parents) as image:
                 if image.size_bytes < end:
                     return None
                 image.read_into(begin, buffer.data)

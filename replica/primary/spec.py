@@ -28,12 +28,14 @@ class DiskSpec:
     """One disk of a machine and the image that holds it. `format` None: told by the image's name.
 
     `formerly`: what it was called before, where its name and its image's path changed at once (see `disks`).
+    `parents`: folders, besides the image's own, that parents of a differencing image may lie in.
     """
 
     name: str
     image: Path
     format: str | None = None
     formerly: str | None = None
+    parents: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name, "disk name")

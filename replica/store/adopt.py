@@ -24,16 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from replica import _native
 from replica.durable import FileSystem
 from replica.errors import BusyError, ConfigError, ConflictError
 from replica.images import Image
 from replica.images import open as open_image
+from replica.images.copying import write_nonzero
 from replica.images.flat import FlatImage
 from replica.machine_files import FILES_DISK_NAME
 from replica.merkle import FileNodes, MerkleTree, leaf_digests
 from replica.model import (
-    GRAIN_BYTES,
     MAX_DISKS,
     Consistency,
     DeltaId,
@@ -141,7 +140,7 @@ def _copy(
                 length = min(WINDOW_BYTES, disk.size_bytes - offset)
                 buffer = np.empty(length, np.uint8)
                 source.read_into(offset, buffer.data)
-                _write_thin(image, offset, buffer)
+                write_nonzero(image, offset, buffer)
                 update.put(offset // disk.leaf_bytes, leaf_digests(buffer.data, offset // disk.leaf_bytes))
                 reached = offset + WINDOW_BYTES
             advance(stop - start)
@@ -151,13 +150,3 @@ def _copy(
     for path, final in zip(temporary, (image_path, tree_path), strict=True):
         fs.publish(path, final)
     return DiskState(disk, root)
-
-
-def _write_thin(image: FlatImage, offset: int, buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    """What is not zero; the rest stays a hole."""
-    zero = np.empty(-(-len(buffer) // GRAIN_BYTES), np.uint8)
-    _native.zeros(buffer, GRAIN_BYTES, zero)
-    edges = np.flatnonzero(np.diff(np.concatenate(([1], zero, [1])).astype(np.int8)))
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        first, last = int(start) * GRAIN_BYTES, min(int(stop) * GRAIN_BYTES, len(buffer))
-        image.write(offset + first, buffer[first:last].data)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from replica import _native
 from replica.delta.ranges import Range, union
 from replica.durable import FileSystem
 from replica.errors import BusyError, DamageError, LostError, StorageError, TargetExistsError
+from replica.images.copying import write_nonzero
 from replica.images.flat import EXTENSIONS, FlatImage
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Disk
@@ -201,7 +201,7 @@ def _write_disk(
                 tree.put(
                     offset // disk.leaf_bytes, leaf_digests(window.data, offset // disk.leaf_bytes, disk.leaf_bytes)
                 )
-                _write_nonzero(image, disk, offset, window)
+                write_nonzero(image, offset, window, disk.grain_bytes)
                 progress(offset + len(window), disk.size_bytes)
             reached = max(reached, end)
         expected = point.state.disk(disk.id)
@@ -209,16 +209,3 @@ def _write_disk(
         if not missing and tree.root(disk.size_bytes) != expected.root:
             raise DamageError("what was read does not have the Merkle root that the point was committed with")
         image.sync()
-
-
-def _write_nonzero(
-    image: FlatImage, disk: Disk, offset: int, window: np.ndarray[tuple[int], np.dtype[np.uint8]]
-) -> None:
-    """Write the runs of grains that are not zero; the others stay holes."""
-    grain = disk.grain_bytes
-    zero = np.empty(-(-len(window) // grain), dtype=np.uint8)
-    _native.zeros(window.data, grain, zero)
-    edges = np.flatnonzero(np.diff(zero, prepend=1, append=1))
-    for first, last in edges.reshape(-1, 2).tolist():
-        stop = min(last * grain, len(window))
-        image.write(offset + first * grain, window[first * grain : stop].data)

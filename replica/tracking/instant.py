@@ -43,6 +43,7 @@ import msgspec
 from replica import documents
 from replica.durable import FileSystem
 from replica.errors import ConfigError, FormatError, FreezeError, SourceBusyError, StorageError
+from replica.images.image import ImageFile
 from replica.model import Consistency
 from replica.tracking.guard import THAW_AGAIN_SECONDS, THAW_LIMIT_SECONDS, Answer, Guard
 from replica.tracking.still import StandStill, take_stamp
@@ -106,8 +107,8 @@ class Snapshot(Protocol):
         """Which grains may have changed since the last committed point; None: unknown, hash all."""
         ...
 
-    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
-        """The disk's image was opened, and is this device and inode. SourceBusyError: it is not what was frozen."""
+    def opened(self, disk: str, files: Sequence[ImageFile]) -> None:
+        """The disk's image was opened: these files, its own first. SourceBusyError: it is not what was frozen."""
         ...
 
     def check(self) -> None:
@@ -194,8 +195,8 @@ class _StillSnapshot:
     def dirty(self, disk: str) -> DirtyBitmap | None:
         return None
 
-    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
-        self._proof.opened(disk, file_id)
+    def opened(self, disk: str, files: Sequence[ImageFile]) -> None:
+        self._proof.opened(disk, files)
 
     def check(self) -> None:
         """Nothing can be said before the end."""
@@ -222,7 +223,7 @@ class Running:
     def dirty(self, disk: str) -> DirtyBitmap | None:
         return None
 
-    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
+    def opened(self, disk: str, files: Sequence[ImageFile]) -> None:
         """Whatever is there is read."""
 
     def check(self) -> None:
@@ -279,8 +280,10 @@ class _FrozenSnapshot:
     def dirty(self, disk: str) -> DirtyBitmap | None:
         return None
 
-    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
-        """Whatever `freeze` named is what counts."""
+    def opened(self, disk: str, files: Sequence[ImageFile]) -> None:
+        """Whatever `freeze` named is what counts; the parents of a live image must not be written either."""
+        if self.paths[disk] in self._live:
+            self._live.update({file.path: take_stamp(self._fs, file.path) for file in files[1:]})
 
     def check(self) -> None:
         if time.monotonic() > self._deadline:

@@ -20,6 +20,10 @@ the stamp, so a path (or a symbolic link) that names another file for a moment
 is noticed. Every look opens the path, because a network file system promises
 news from other hosts only then.
 
+The parents of a differencing image are known when it has been opened, and parts
+of them have been read by then. They are stamped late, and held to stamps that
+were settled before the image was opened: what was written since has younger ones.
+
 Writes through a shared memory mapping are stamped late, or not until they are
 synced; sources that are written so need a freeze. Block devices carry no
 stamps at all and are refused.
@@ -29,12 +33,13 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from replica.durable import FileSystem
 from replica.errors import ImageError, SourceBusyError, StorageError
+from replica.images.image import ImageFile
 
 SETTLED_NS = 20_000_000
 WAIT_SECONDS = 4.0
@@ -111,6 +116,7 @@ class StandStill:
             now_ns = clock_ns()
             path, settled_ns = max(((p, s.settled_at_ns) for p, s in self._stamps.items()), key=lambda item: item[1])
             if settled_ns <= now_ns:
+                self._begun_ns = now_ns
                 return
             if settled_ns - now_ns > wait_ns:
                 raise SourceBusyError(
@@ -121,11 +127,22 @@ class StandStill:
                 raise SourceBusyError(f"image {path} is being written: it was changed just now", hint=_HINT)
             sleep(min(settled_ns - now_ns, SETTLED_NS) / 1e9)
 
-    def opened(self, disk: str, file_id: tuple[int, int]) -> None:
-        """Raise SourceBusyError unless the file that was opened for `disk` is the one that was stamped."""
+    def opened(self, disk: str, files: Sequence[ImageFile]) -> None:
+        """Raise SourceBusyError unless the file that was opened for `disk` is the one that was stamped.
+
+        `files[1:]`, its parents, belong to the proof from now on.
+        """
         path, stamp = self._by_disk[disk]
-        if file_id != stamp[:2]:
+        if files[0][1:] != stamp[:2]:
             raise SourceBusyError(f"image {path} was replaced while it was opened: no point was made", hint=_HINT)
+        for file in files[1:]:
+            stamp = take_stamp(self._fs, file.path)
+            if file[1:] != stamp[:2] or stamp.settled_at_ns > self._begun_ns:
+                raise SourceBusyError(
+                    f"image {file.path}, a parent of {path}, was written or replaced just now: no point was made",
+                    hint=_HINT,
+                )
+            self._stamps.setdefault(file.path, stamp)
 
     def check(self) -> None:
         """Raise SourceBusyError naming the first image that changed since."""

@@ -13,7 +13,7 @@ from replica import images
 from replica.durable import FileSystem
 from replica.errors import ImageError, StorageError
 from replica.images.flat import EXTENSIONS, FlatFormat, FlatImage
-from replica.images.vhd_format import Footer
+from replica.images.vhd_format import DiskType, Footer
 
 FS = FileSystem()
 ID = UUID(int=0xABCDEF)
@@ -30,7 +30,7 @@ def expected_file(content: bytes, format: FlatFormat) -> bytes:
     if format == "raw":
         return content
     padded = content.ljust(-(-len(content) // 512) * 512, b"\0")
-    return padded + Footer.fixed(len(padded), ID).encode()
+    return padded + Footer.new(DiskType.FIXED, len(padded), ID).encode()
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vhd_maker
 from vhd_maker import Vhd, footer
 
 from replica.durable import FileSystem
@@ -84,12 +83,6 @@ def test_both_footers_damaged(tmp_path: Path) -> None:
 )
 def test_footers_that_disagree(tmp_path: Path, other: bytes) -> None:
     refused(tmp_path, replace(GOOD, head=other).build(), "tell of different disks")
-
-
-def test_a_differencing_disk_is_not_supported_yet(tmp_path: Path) -> None:
-    differencing = replace(GOOD, kind=vhd_maker.DIFFERENCING)
-    refused(tmp_path, differencing.build(), "differencing disk, which is not supported yet")
-    refused(tmp_path, differencing.build()[:-512], "differencing disk, which is not supported yet")
 
 
 @pytest.mark.parametrize("kind", [0, 1, 5, 6, 0xFFFFFFFF])

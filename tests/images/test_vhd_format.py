@@ -37,7 +37,7 @@ def test_geometry_of_a_size(sectors: int, expected: tuple[int, int, int]) -> Non
 
 
 def test_written_footer_has_every_field_in_its_place() -> None:
-    data = Footer.fixed(3 << 30, ID).encode()
+    data = Footer.new(DiskType.FIXED, 3 << 30, ID).encode()
     assert len(data) == 512
     assert data[0:8] == b"conectix"
     assert data[8:12] == bytes([0, 0, 0, 2])
@@ -54,7 +54,7 @@ def test_written_footer_has_every_field_in_its_place() -> None:
 
 
 def test_footer_round_trip() -> None:
-    footer = Footer.fixed(12288, ID)
+    footer = Footer.new(DiskType.FIXED, 12288, ID)
     assert Footer.decode(footer.encode()) == footer
     assert Footer.decode(footer.encode()[:511]) == footer
 

@@ -56,6 +56,12 @@ class Vhd:
     gap: int = 0
     head: bytes | None = None
     tail: bytes | None = None
+    unique_id: bytes = bytes(range(16))
+    parent_id: bytes = bytes(16)
+    parent_stamp: int = 0
+    parent_name: bytes = b""
+    locators: tuple[tuple[bytes, bytes], ...] = ()
+    locator_place: tuple[int, int] | None = None
 
     @property
     def bitmap_bytes(self) -> int:
@@ -65,20 +71,39 @@ class Vhd:
     def count(self) -> int:
         return -(-self.size // self.block_bytes) if self.block_bytes else 0
 
+    @property
+    def locators_start(self) -> int:
+        return -(-(1536 + 4 * self.count) // 512) * 512
+
     def footer(self) -> bytes:
-        return footer(self.size, self.kind, creator=self.creator, chs=self.chs, data_offset=self.header_offset)
+        return footer(
+            self.size,
+            self.kind,
+            creator=self.creator,
+            chs=self.chs,
+            data_offset=self.header_offset,
+            unique_id=self.unique_id,
+        )
 
     def header(self) -> bytes:
         entries = self.count if self.entries is None else self.entries
         data = self.header_cookie + struct.pack(
             ">QQIII", 2**64 - 1, self.table_offset, self.header_version, entries, self.block_bytes
         )
+        data += (
+            bytes(4) + self.parent_id + struct.pack(">II", self.parent_stamp, 0) + self.parent_name.ljust(512, b"\0")
+        )
+        place = self.locators_start
+        for code, path in self.locators:
+            where, length = self.locator_place or (place, len(path))
+            data += code + struct.pack(">IIIQ", 512, length, 0, where)
+            place += 512
         return checksummed(data.ljust(1024, b"\0"), 36, self.header_error)
 
     def build(self) -> bytes:
         table = [NONE] * self.count
-        start = -(-(1536 + 4 * self.count) // 512) * 512
-        body = b""
+        start = self.locators_start
+        body = b"".join(path.ljust(512, b"\0") for _, path in self.locators)
         for number, data in self.blocks.items():
             body += bytes(self.gap * 512)
             table[number] = (start + len(body)) // 512
@@ -90,9 +115,9 @@ class Vhd:
         tail = self.footer() if self.tail is None else self.tail
         return (head + self.header() + struct.pack(f">{len(table)}I", *table)).ljust(start, b"\0") + body + tail
 
-    def content(self) -> bytes:
-        """What the disk reads as, sector by sector, straight from the specification."""
-        disk = bytearray(self.size)
+    def content(self, parent: bytes = b"") -> bytes:
+        """What the disk reads as, over its parent's content, sector by sector, straight from the specification."""
+        disk = bytearray(parent[: self.size].ljust(self.size, b"\0"))
         for number, data in self.blocks.items():
             bitmap = self.bitmaps.get(number, b"\xff" * self.bitmap_bytes)
             stored = data.ljust(self.block_bytes, b"\xee")
@@ -101,3 +126,20 @@ class Vhd:
                 if at < self.size and bitmap[sector // 8] >> (7 - sector % 8) & 1:
                     disk[at : at + 512] = stored[sector * 512 : sector * 512 + 512]
         return bytes(disk)
+
+
+def naive_read(data: bytes, parent: bytes = b"") -> bytes:
+    """The disk in the bytes of a dynamic or differencing file, over its parent's content; nothing is checked."""
+    (size,) = struct.unpack_from(">Q", data, 48)
+    (header,) = struct.unpack_from(">Q", data, 16)
+    (table,) = struct.unpack_from(">Q", data, header + 16)
+    entries, block_bytes = struct.unpack_from(">II", data, header + 28)
+    bitmap_bytes = Vhd(0, block_bytes).bitmap_bytes
+    disk = bytearray(parent[:size].ljust(size, b"\0"))
+    for number, entry in enumerate(struct.unpack_from(f">{entries}I", data, table)):
+        for sector in range(block_bytes // 512 if entry != NONE else 0):
+            at = number * block_bytes + sector * 512
+            if at < size and data[entry * 512 + sector // 8] >> (7 - sector % 8) & 1:
+                place = entry * 512 + bitmap_bytes + sector * 512
+                disk[at : at + 512] = data[place : place + 512]
+    return bytes(disk)

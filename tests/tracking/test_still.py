@@ -12,6 +12,7 @@ import pytest
 
 from replica.durable import FileSystem
 from replica.errors import ImageError, SourceBusyError
+from replica.images.image import ImageFile
 from replica.tracking import still
 from replica.tracking.still import Stamp, StandStill
 
@@ -109,6 +110,43 @@ def test_a_clock_set_back_while_reading_is_noticed(image: Path) -> None:
         proof.check()
 
 
+def opened(path: Path) -> ImageFile:
+    info = path.stat()
+    return ImageFile(path, info.st_dev, info.st_ino)
+
+
+@pytest.fixture
+def parent(image: Path) -> Path:
+    path = image.with_name("parent")
+    path.write_bytes(b"older")
+    time.sleep(0.03)
+    return path
+
+
+def test_parents_stand_still_too(image: Path, parent: Path) -> None:
+    proof = StandStill(FileSystem(), {"os": image})
+    proof.opened("os", [opened(image), opened(parent)])
+    proof.check()
+    parent.write_bytes(b"newer")
+    with pytest.raises(SourceBusyError, match="parent was written"):
+        proof.check()
+
+
+def test_a_parent_that_was_written_while_the_image_was_opened(image: Path, parent: Path) -> None:
+    proof = StandStill(FileSystem(), {"os": image})
+    before = opened(parent)
+    parent.write_bytes(b"newer")
+    time.sleep(0.03)
+    with pytest.raises(SourceBusyError, match="parent, a parent of .*, was written or replaced"):
+        proof.opened("os", [opened(image), opened(parent)])
+    parent.rename(parent.with_name("moved"))
+    parent.write_bytes(b"older")
+    time.sleep(0.03)
+    proof = StandStill(FileSystem(), {"os": image})
+    with pytest.raises(SourceBusyError, match="parent, a parent of .*, was written or replaced"):
+        proof.opened("os", [opened(image), before])
+
+
 def test_the_proof_is_of_the_file_that_was_opened(image: Path) -> None:
     """A link that names another file only while the images are opened."""
     other = image.with_name("other")
@@ -116,10 +154,9 @@ def test_the_proof_is_of_the_file_that_was_opened(image: Path) -> None:
     link = image.with_name("link")
     link.symlink_to(image)
     proof = StandStill(FileSystem(), {"os": link})
-    info, swapped = image.stat(), other.stat()
-    proof.opened("os", (info.st_dev, info.st_ino))
+    proof.opened("os", [opened(image)])
     with pytest.raises(SourceBusyError, match="link was replaced while it was opened"):
-        proof.opened("os", (swapped.st_dev, swapped.st_ino))
+        proof.opened("os", [opened(other)])
     link.unlink()
     link.symlink_to(other)
     with pytest.raises(SourceBusyError, match="link vanished or was replaced"):

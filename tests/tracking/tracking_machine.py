@@ -33,7 +33,7 @@ from replica.tracking.journal import Journal, JournalSummary, JournalWriter
 class MemoryImage:
     """A disk in an array; `ranges` is what it says is allocated (default: all)."""
 
-    format, sector_bytes, path, file_id = "raw", 512, Path("memory"), (0, 0)
+    format, sector_bytes, path, files = "raw", 512, Path("memory"), ()
 
     def __init__(self, data: np.ndarray, ranges: list[tuple[int, int]] | None = None) -> None:
         self.data, self.ranges = data, ranges

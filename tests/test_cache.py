@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replica.delta.cache import Cache
+from replica.cache import Cache
 
 
 def test_forgets_what_was_used_least_recently() -> None:
