@@ -27,6 +27,7 @@ __all__ = [
     "encode_extents",
     "gather",
     "hash_leaves",
+    "hash_leaves_at",
     "hash_node",
     "overlay",
     "scan",
@@ -51,6 +52,12 @@ def zeros(window: _Memory, grain_bytes: int, out: _Memory) -> None:
 
 def hash_leaves(window: _Memory, leaf_bytes: int, first_leaf: int, select: _Memory | None, out: _Memory) -> None:
     """Write the 32-byte Merkle digest of every leaf with `select[i] != 0` (None: all); leave the others."""
+
+def hash_leaves_at(window: _Memory, leaf_bytes: int, numbers: _Memory, out: _Memory) -> None:
+    """Merkle digests of leaves that lie one behind the other in `window` and anywhere in the disk.
+
+    numbers: u64[n], the leaves' indexes; out: u8[n, 32]. Only the last leaf may be short.
+    """
 
 def hash_node(children: _Memory, level: int) -> bytes:
     """The digest (32 bytes) of a node at `level` (1 to 4) from its 256 children's (8192 bytes)."""

@@ -24,7 +24,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -199,6 +199,26 @@ class File:
                 done += count
         return done
 
+    def read_ranges(self, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
+        """Fill `buffer` with the ranges (offset, length), one behind the other; zeros behind the file's end.
+
+        All of them are asked for before the first is waited for, so that a device works on many at a time.
+        """
+        view, at = memoryview(buffer).cast("B"), 0
+        if len(ranges) > 1:
+            with suppress(OSError):
+                for offset, length in ranges:
+                    self._calls.fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        with _named("read", self.path):
+            for offset, length in ranges:
+                end, place = at + length, offset - at
+                while at < end:
+                    count = self._calls.preadv(self._fd, [view[at:end]], place + at)
+                    if count == 0:
+                        view[at:end] = bytes(end - at)
+                        count = end - at
+                    at += count
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes, or fewer at the end of the file."""
         buffer = bytearray(length)
@@ -211,6 +231,15 @@ class File:
         with _named("write", self.path):
             while done < len(view):
                 done += self._calls.pwrite(self._fd, view[done:], offset + done)
+
+    def write_ranges(self, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
+        """Write `data` to the ranges (offset, length), one behind the other."""
+        view, at = memoryview(data).cast("B"), 0
+        with _named("write", self.path):
+            for offset, length in ranges:
+                end, place = at + length, offset - at
+                while at < end:
+                    at += self._calls.pwrite(self._fd, view[at:end], place + at)
 
     def truncate(self, size_bytes: int) -> None:
         with _named("resize", self.path):

@@ -37,6 +37,7 @@ yet, and repeating it after a crash ends in the same tree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 Digests = npt.NDArray[np.uint8]
 """u8[n, 32], C-contiguous."""
+Leaves = npt.NDArray[np.int64]
+"""Numbers of leaves, ascending."""
 
 FAN_OUT = 256
 DEPTH = 4
@@ -71,6 +74,16 @@ def leaf_digests(buffer: Buffer, first_leaf: int, leaf_bytes: int = LEAF_BYTES) 
     count = -(-memoryview(buffer).nbytes // leaf_bytes)
     digests = np.empty((count, DIGEST_BYTES), np.uint8)
     _native.hash_leaves(buffer, leaf_bytes, first_leaf, None, digests)
+    return digests
+
+
+def leaf_digests_at(buffer: Buffer, numbers: Leaves, leaf_bytes: int = LEAF_BYTES) -> Digests:
+    """The digests of leaves that lie one behind the other in `buffer`: the n-th is leaf `numbers[n]` of the disk.
+
+    numbers: int64[n]. Only the last leaf may be short.
+    """
+    digests = np.empty((len(numbers), DIGEST_BYTES), np.uint8)
+    _native.hash_leaves_at(buffer, leaf_bytes, numbers, digests)
     return digests
 
 
@@ -101,6 +114,14 @@ def root_of_content(
             update.put(offset // leaf_bytes, leaf_digests(window, offset // leaf_bytes, leaf_bytes))
             progress(offset + len(window), size_bytes)
     return update.root(size_bytes)
+
+
+def _by_block(numbers: Leaves) -> Iterator[tuple[int, int, int]]:
+    """(block, begin, end): ascending leaves, cut where their block of digests ends."""
+    blocks = numbers // FAN_OUT
+    cuts = (np.flatnonzero(np.diff(blocks)) + 1).tolist()
+    bounds = [0, *cuts, len(numbers)] if len(numbers) else []
+    return ((int(blocks[begin]), begin, end) for begin, end in itertools.pairwise(bounds))
 
 
 class Nodes(Protocol):
@@ -191,6 +212,13 @@ class MerkleTree:
         """The digests of `count` leaves from `first` on; beyond the disk's end they are zero."""
         return self.level(0, first, count)
 
+    def leaves_at(self, numbers: Leaves) -> Digests:
+        """The digests of some leaves, int64[n] ascending, each block of the file read once."""
+        digests = np.empty((len(numbers), DIGEST_BYTES), np.uint8)
+        for block, begin, end in _by_block(numbers):
+            digests[begin:end] = self._nodes.read(0, block)[numbers[begin:end] % FAN_OUT]
+        return digests
+
     def level(self, level: int, first: int, count: int) -> Digests:
         """`count` digests of a level (0 leaves, 4 the top) from index `first` on. Raises ValueError."""
         if not 0 <= level <= DEPTH or first < 0 or count < 0 or first + count > FAN_OUT ** (DEPTH - level):
@@ -233,19 +261,21 @@ class TreeUpdate:
 
     def put(self, first_leaf: int, digests: Digests) -> None:
         """Set consecutive leaves; they must lie behind every leaf put before."""
-        count = len(digests)
-        if digests.shape != (count, DIGEST_BYTES) or digests.dtype != np.uint8:
-            raise ValueError(f"leaf digests have the shape {digests.shape} of {digests.dtype}")
-        if first_leaf < self._next or first_leaf + count > MAX_LEAVES:
-            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} do not follow leaf {self._next}")
-        self._next = first_leaf + count
-        done = 0
-        while done < count:
-            block, start = divmod(first_leaf + done, FAN_OUT)
-            part = min(FAN_OUT - start, count - done)
-            target = self._block(0, block, fresh=part == FAN_OUT)
-            target[start : start + part] = digests[done : done + part]
-            done += part
+        self.put_at(np.arange(first_leaf, first_leaf + len(digests)), digests)
+
+    def put_at(self, numbers: Leaves, digests: Digests) -> None:
+        """Set some leaves, int64[n] ascending; they must lie behind every leaf put before."""
+        if digests.shape != (len(numbers), DIGEST_BYTES) or digests.dtype != np.uint8:
+            raise ValueError(f"{len(numbers)} leaf digests have the shape {digests.shape} of {digests.dtype}")
+        if not len(numbers):
+            return
+        first, last = int(numbers[0]), int(numbers[-1])
+        if first < self._next or last >= MAX_LEAVES or (np.diff(numbers) <= 0).any():
+            raise ValueError(f"leaves {first} to {last} do not follow leaf {self._next - 1} one after the other")
+        self._next = last + 1
+        for block, begin, end in _by_block(numbers):
+            target = self._block(0, block, fresh=end - begin == FAN_OUT)
+            target[numbers[begin:end] % FAN_OUT] = digests[begin:end]
 
     def put_zeros(self, first_leaf: int, stop_leaf: int) -> None:
         """Say that the leaves [first_leaf, stop_leaf) are zero, whole subtrees at a time, whatever is stored below.

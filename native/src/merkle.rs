@@ -76,6 +76,27 @@ pub fn hash_leaves(
     Ok(())
 }
 
+/// Digest leaves from anywhere in the disk, one behind the other in `window`: the n-th is leaf `numbers[n]` (u64).
+pub fn hash_leaves_at(window: &[u8], leaf_bytes: usize, numbers: &[u8], out: &mut [u8]) -> Result<()> {
+    check_piece("leaf", leaf_bytes)?;
+    let count = window.len().div_ceil(leaf_bytes);
+    same_length("numbers", numbers.len(), count * 8)?;
+    same_length("out", out.len(), count * DIGEST_BYTES)?;
+    let leaves = window.chunks(leaf_bytes).zip(numbers.chunks_exact(8));
+    for ((leaf, number), digest) in leaves.zip(out.chunks_exact_mut(DIGEST_BYTES)) {
+        let index = number.try_into().map_or(MAX_LEAVES, u64::from_le_bytes);
+        if index >= MAX_LEAVES {
+            return refuse(format!("leaf {index}: a tree has {MAX_LEAVES}"));
+        }
+        if is_zero(leaf) {
+            digest.fill(0);
+        } else {
+            digest.copy_from_slice(&leaf_digest(leaf, leaf_bytes, index));
+        }
+    }
+    Ok(())
+}
+
 /// The digest of a node from its 256 children; `level` is the node's own, 1 to 4.
 pub fn hash_node(children: &[u8], level: u32) -> Result<Digest> {
     same_length("children", children.len(), FAN_OUT * DIGEST_BYTES)?;
@@ -124,6 +145,24 @@ mod tests {
         assert!(out[32..64] != [9; 32] && out[32..64] != [0; 32]);
         assert_eq!(out[64..96], [9; 32]);
         assert_eq!(out[96..], [0; 32]);
+    }
+
+    #[test]
+    fn scattered_leaves_have_the_digests_that_they_have_in_their_places() {
+        let window: Vec<u8> = (0..3 * 512 - 100).map(|i: usize| (i % 251) as u8).collect();
+        let numbers: Vec<u8> = [5u64, 9, 70_000].iter().flat_map(|number| number.to_le_bytes()).collect();
+        let mut out = [0; 96];
+        hash_leaves_at(&window, 512, &numbers, &mut out).unwrap();
+        for (i, number) in [5u64, 9, 70_000].into_iter().enumerate() {
+            let mut alone = [0; 32];
+            let leaf = &window[i * 512..window.len().min((i + 1) * 512)];
+            hash_leaves(leaf, 512, number, None, &mut alone).unwrap();
+            assert_eq!(out[i * 32..][..32], alone);
+        }
+        assert!(hash_leaves_at(&window, 512, &numbers[8..], &mut out).is_err());
+        assert!(hash_leaves_at(&window[..512], 512, &MAX_LEAVES.to_le_bytes(), &mut out[..32]).is_err());
+        hash_leaves_at(&[0; 512], 512, &[0; 8], &mut out[..32]).unwrap();
+        assert_eq!(out[..32], [0; 32]);
     }
 
     #[test]

@@ -123,6 +123,21 @@ fn hash_leaves(
 }
 
 #[pyfunction]
+fn hash_leaves_at(
+    py: Python<'_>,
+    window: &Bound<'_, PyAny>,
+    leaf_bytes: usize,
+    numbers: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let (window, numbers) = (Memory::get("window", window)?, Memory::get("numbers", numbers)?);
+    let mut out = Memory::get("out", out)?;
+    let digests = out.writable(&[&window, &numbers])?;
+    let (window, numbers) = (window.bytes(), numbers.bytes());
+    Ok(py.detach(|| merkle::hash_leaves_at(window, leaf_bytes, numbers, digests))?)
+}
+
+#[pyfunction]
 fn hash_node<'py>(py: Python<'py>, children: &Bound<'py, PyAny>, level: u32) -> PyResult<Bound<'py, PyBytes>> {
     let children = Memory::get("children", children)?;
     let children = children.bytes();
@@ -198,6 +213,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(scan_window, module)?)?;
     module.add_function(wrap_pyfunction!(zeros, module)?)?;
     module.add_function(wrap_pyfunction!(hash_leaves, module)?)?;
+    module.add_function(wrap_pyfunction!(hash_leaves_at, module)?)?;
     module.add_function(wrap_pyfunction!(hash_node, module)?)?;
     module.add_function(wrap_pyfunction!(encode_extents, module)?)?;
     module.add_function(wrap_pyfunction!(decode_extents, module)?)?;

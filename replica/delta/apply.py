@@ -30,12 +30,12 @@ import numpy as np
 from replica.delta.change import Delta, DiskChange, MemoryDelta, check_roots, total_bytes
 from replica.delta.extents import DATA, Rows, as_bytes, count_data
 from replica.delta.head import Head, MemoryHead
-from replica.delta.leaves import PIECE_BYTES, ByDisk, leaf_runs
+from replica.delta.leaves import PIECE_BYTES, ByDisk, leaf_runs, ranges_of
 from replica.delta.prepare import prepare
 from replica.delta.ranges import union
 from replica.delta.segment import Segment
 from replica.errors import LostError
-from replica.merkle import Digests, leaf_digests
+from replica.merkle import Digests, Leaves, leaf_digests_at
 from replica.model import DeltaId, DiskState, random_id
 from replica.progress import Progress, silent
 
@@ -66,15 +66,16 @@ def write(head: Head, delta: Delta, progress: Progress = silent) -> None:
 
 
 def _write_rows(head: Head, change: DiskChange, rows: Rows, payload: memoryview) -> None:
-    grain, size, at = change.grain_bytes, change.result_bytes, 0
+    grain, size = change.grain_bytes, change.result_bytes
+    places: list[tuple[int, int]] = []
     for first, count, data in rows.tolist():
         offset = first * grain
         length = min(count * grain, size - offset)
         if data == DATA:
-            head.write(change.disk_id, offset, payload[at : at + length])
-            at += count * grain
+            places.append((offset, length))
         else:
             head.zero(change.disk_id, offset, length)
+    head.write_ranges(change.disk_id, places, payload)
 
 
 def settle(head: Head, delta: Delta, inverse: Extents, progress: Progress = silent) -> tuple[DiskState, ...]:
@@ -94,8 +95,8 @@ def settle(head: Head, delta: Delta, inverse: Extents, progress: Progress = sile
                 pass
             continue
         update = head.tree(change.disk_id).update(write=True)
-        for first, buffer in _read_back(head, change, runs):
-            update.put(first, leaf_digests(buffer.data, first, change.leaf_bytes))
+        for leaves, buffer in _read_back(head, change, runs):
+            update.put_at(leaves, leaf_digests_at(buffer.data, leaves, change.leaf_bytes))
             progress(done + counted.data_bytes, total)
         done += counted.data_bytes
         if change.result_bytes < change.base_bytes:
@@ -125,17 +126,32 @@ def _boundary_leaf(change: DiskChange) -> list[tuple[int, int]]:
     return [(leaf, leaf + 1)]
 
 
-def _read_back(head: Head, change: DiskChange, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, Digests]]:
-    """(first leaf, content) of the leaves in `runs` that are inside the disk, at most `PIECE_BYTES` at once."""
+def _read_back(head: Head, change: DiskChange, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[Leaves, Digests]]:
+    """(numbers, content) of the leaves in `runs` that are inside the disk, at most `PIECE_BYTES` at once."""
     assert change.after is not None
-    step = PIECE_BYTES // change.leaf_bytes
+    for leaves in _gathered(runs, change.after.count_leaves, PIECE_BYTES // change.leaf_bytes):
+        places = ranges_of(leaves, change.leaf_bytes, change.result_bytes)
+        buffer = np.empty(sum(length for _, length in places), dtype=np.uint8)
+        head.read_ranges(change.disk_id, places, buffer.data)
+        yield leaves, buffer
+
+
+def _gathered(runs: Iterator[tuple[int, int]], stop_leaf: int, most: int) -> Iterator[Leaves]:
+    """The numbers of the leaves in ascending runs, at most so many at a time."""
+    parts: list[Leaves] = []
+    room = most
     for first, stop in runs:
-        for leaf in range(first, min(stop, change.after.count_leaves), step):
-            begin = leaf * change.leaf_bytes
-            end = min(min(leaf + step, stop) * change.leaf_bytes, change.result_bytes)
-            buffer = np.empty(end - begin, dtype=np.uint8)
-            head.read_into(change.disk_id, begin, buffer.data)
-            yield leaf, buffer
+        at, stop = first, min(stop, stop_leaf)
+        while at < stop:
+            end = min(stop, at + room)
+            parts.append(np.arange(at, end))
+            room -= end - at
+            at = end
+            if not room:
+                yield np.concatenate(parts)
+                parts, room = [], most
+    if parts:
+        yield np.concatenate(parts)
 
 
 def apply(head: MemoryHead, delta: Delta) -> MemoryDelta:

@@ -35,7 +35,13 @@ class Head(Protocol):
 
     def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None: ...
 
-    def write(self, disk_id: DiskId, offset: int, data: Buffer) -> None: ...
+    def read_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
+        """Fill `buffer` with the ranges (offset, length), ascending, one behind the other."""
+        ...
+
+    def write_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
+        """Write `data` to the ranges (offset, length), ascending, one behind the other."""
+        ...
 
     def zero(self, disk_id: DiskId, offset: int, length: int) -> None:
         """Make the range read as zeros, as a hole where that can be. Cheap for ranges of any length."""
@@ -116,6 +122,18 @@ class MemoryHead:
         target = as_bytes(buffer)
         self._check(disk_id, offset, len(target))
         target[:] = as_bytes(self._contents[disk_id])[offset : offset + len(target)]
+
+    def read_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
+        target, at = as_bytes(buffer), 0
+        for offset, length in ranges:
+            self.read_into(disk_id, offset, target[at : at + length].data)
+            at += length
+
+    def write_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
+        source, at = as_bytes(data), 0
+        for offset, length in ranges:
+            self.write(disk_id, offset, source[at : at + length].data)
+            at += length
 
     def write(self, disk_id: DiskId, offset: int, data: Buffer) -> None:
         source = as_bytes(data)

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from replica.delta.change import DiskChange
 from replica.delta.extents import ZERO, Rows, clip, empty_rows, rows_of, stop_of
 from replica.errors import FormatError
-from replica.merkle import FAN_OUT, MerkleTree
+from replica.merkle import FAN_OUT, Leaves, MerkleTree
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -32,8 +31,6 @@ PIECE_BYTES = 4 << 20
 """Of leaves that are looked at together."""
 LONG_LEAVES = 32
 """A zero extent over at least as many whole leaves is looked up in the tree before its leaves are."""
-
-Leaves = npt.NDArray[np.int64]
 
 
 T = TypeVar("T")
@@ -93,6 +90,15 @@ def runs_of(leaves: Leaves) -> Iterator[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(leaves) != 1) + 1
     bounds = [0, *cuts.tolist(), len(leaves)]
     return ((a, b) for a, b in itertools.pairwise(bounds) if a < b)
+
+
+def ranges_of(leaves: Leaves, leaf_bytes: int, size_bytes: int) -> list[tuple[int, int]]:
+    """Where leaves lie on a disk of that size, as (offset, length) of each run, inside of it."""
+    found = []
+    for begin, end in runs_of(leaves):
+        offset = int(leaves[begin]) * leaf_bytes
+        found.append((offset, min((end - begin) * leaf_bytes, size_bytes - offset)))
+    return found
 
 
 def aligned(

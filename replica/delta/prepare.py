@@ -29,13 +29,13 @@ from replica import _native
 from replica.delta.change import Delta, DiskChange, check_roots, check_segment, total_bytes
 from replica.delta.extents import DATA, LOST, ZERO, Rows, as_bytes, grains_of, rows_of, rows_of_grains, stop_of
 from replica.delta.head import Head
-from replica.delta.leaves import Blank, ByDisk, Leaves, Piece, aligned, pieces, runs_of
+from replica.delta.leaves import Blank, ByDisk, Piece, aligned, pieces, ranges_of
 from replica.delta.pack import Packer, Sink
 from replica.delta.recover import recover
 from replica.delta.segment import Segment
 from replica.errors import BaseMismatchError, FormatError, LeafDamageError
-from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests
-from replica.model import DIGEST_BYTES, DamagedLeaves, DiskId, DiskState
+from replica.merkle import Digests, Leaves, MemoryNodes, MerkleTree, leaf_digests_at
+from replica.model import DamagedLeaves, DiskId, DiskState
 from replica.progress import Progress, silent
 
 Flags = npt.NDArray[np.bool_]
@@ -209,19 +209,18 @@ class _PrepareDisk:
         """
         change = self._change
         leaves = np.zeros((len(numbers), change.leaf_bytes), dtype=np.uint8)
-        stored = np.zeros((len(numbers), DIGEST_BYTES), dtype=np.uint8)
-        for a, b in runs_of(numbers):
-            stored[a:b] = self.tree.leaves(int(numbers[a]), b - a)
-            if prove:
-                self._before.put(int(numbers[a]), stored[a:b])
+        stored = self.tree.leaves_at(numbers)
+        if prove:
+            self._before.put_at(numbers, stored)
         wanted = np.flatnonzero((stored.any(axis=1) | ~covered) & (numbers * change.leaf_bytes < change.base_bytes))
         found = np.zeros_like(stored)
-        for a, b in runs_of(numbers[wanted]):
-            slot, count, first = int(wanted[a]), b - a, int(numbers[wanted[a]])
-            offset = first * change.leaf_bytes
-            part = leaves[slot : slot + count].reshape(-1)
-            self._head.read_into(change.disk_id, offset, part[: change.base_bytes - offset].data)
-            found[slot : slot + count] = leaf_digests(part.data, first, change.leaf_bytes)
+        if len(wanted):
+            part = leaves if len(wanted) == len(numbers) else np.zeros((len(wanted), change.leaf_bytes), np.uint8)
+            places = ranges_of(numbers[wanted], change.leaf_bytes, change.base_bytes)
+            self._head.read_ranges(change.disk_id, places, part.reshape(-1)[: sum(n for _, n in places)].data)
+            found[wanted] = leaf_digests_at(part.data, numbers[wanted], change.leaf_bytes)
+            if part is not leaves:
+                leaves[wanted] = part
         return leaves, stored, (found != stored).any(axis=1)
 
     def _recover(self, numbers: Leaves, leaves: Digests, new: Digests, stored: Digests, bad: Flags) -> Flags:
@@ -263,9 +262,7 @@ class _PrepareDisk:
         """The new digests, of the leaves that will be there."""
         change = self._change
         count = int(np.searchsorted(numbers * change.leaf_bytes, change.result_bytes, "left"))
-        for a, b in runs_of(numbers[:count]):
-            first = int(numbers[a])
-            self._update.put(first, leaf_digests(leaves[a:b].reshape(-1).data, first, change.leaf_bytes))
+        self._update.put_at(numbers[:count], leaf_digests_at(leaves[:count].data, numbers[:count], change.leaf_bytes))
 
     def finish(self) -> bytes:
         """The root of the result."""

@@ -26,7 +26,7 @@ file out anew. What is inside min(old, new) size is never touched by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -108,6 +108,21 @@ class FlatImage:
         check_range(self.path, offset, len(target), self.size_bytes)
         count = self._file.read_into(offset, target.data)
         target[count:] = 0
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
+        """Fill `buffer` with the ranges (offset, length), ascending, one behind the other; ImageError past the end."""
+        self._check_ranges(ranges)
+        self._file.read_ranges(ranges, buffer)
+
+    def write_ranges(self, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
+        """Write `data` to the ranges (offset, length), ascending, one behind the other; ImageError past the end."""
+        self._check_ranges(ranges)
+        self._file.write_ranges(ranges, data)
+
+    def _check_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if ranges:
+            first, (last, length) = ranges[0][0], ranges[-1]
+            check_range(self.path, first, last + length - first, self.size_bytes)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`. ImageError past the disk's end; padding and footer cannot be reached."""

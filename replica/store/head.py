@@ -146,8 +146,14 @@ class FileHead:
     def read_into(self, disk_id: DiskId, offset: int, buffer: Buffer) -> None:
         self._images[disk_id].read_into(offset, buffer)
 
+    def read_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
+        self._images[disk_id].read_ranges(ranges, buffer)
+
     def write(self, disk_id: DiskId, offset: int, data: Buffer) -> None:
         self._images[disk_id].write(offset, data)
+
+    def write_ranges(self, disk_id: DiskId, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
+        self._images[disk_id].write_ranges(ranges, data)
 
     def zero(self, disk_id: DiskId, offset: int, length: int) -> None:
         self._images[disk_id].zero(offset, length)
