@@ -13,7 +13,9 @@ A reader is a `Delta` (walk it in order) and a `Layer` (read it at random, see
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -41,6 +43,9 @@ from replica.durable import File
 from replica.errors import FormatError
 from replica.model import DeltaId, Stamp, State
 from replica.progress import Progress, silent
+
+OPENING_THREADS = 2
+"""Segments that are opened ahead."""
 
 
 class _Scratch(threading.local):
@@ -128,8 +133,22 @@ class DeltaFileReader:
         return segment
 
     def segments(self) -> Iterator[Segment]:
-        """All, in number order; one in memory at a time."""
-        return (self.segment(n) for n in range(len(self)))
+        """All, in number order; the next ones are read and opened in threads meanwhile."""
+        if len(self) < 2:
+            yield from (self.segment(number) for number in range(len(self)))
+            return
+        with ThreadPoolExecutor(OPENING_THREADS, "open") as pool:
+            running: deque[Future[Segment]] = deque()
+            try:
+                for number in range(len(self)):
+                    running.append(pool.submit(self.segment, number))
+                    if len(running) > OPENING_THREADS:
+                        yield running.popleft().result()
+                while running:
+                    yield running.popleft().result()
+            finally:
+                for future in running:
+                    future.cancel()
 
     def table(self, number: int) -> Table:
         """A segment's extents and chunks, without reading its payload. Opened anew at every call."""

@@ -165,6 +165,7 @@ class DeltaWriter:
 
     def _append(self, data: bytes) -> None:
         self._file.write(self._offset, data)
+        self._file.start_writing(self._offset, len(data))
         self._offset += len(data)
 
     def __enter__(self) -> Self:

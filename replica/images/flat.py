@@ -118,6 +118,9 @@ class FlatImage:
         """Write `data` to the ranges (offset, length), ascending, one behind the other; ImageError past the end."""
         self._check_ranges(ranges)
         self._file.write_ranges(ranges, data)
+        if ranges:
+            first, (last, length) = ranges[0][0], ranges[-1]
+            self._file.start_writing(first, last + length - first)
 
     def _check_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
         if ranges:

@@ -202,6 +202,7 @@ class Incoming:
             return
         try:
             self._data.write(offset, blob)
+            self._data.start_writing(offset, length)
             body = _RECORD.pack(number, 0, offset, length, digest)
             with self._mutex:
                 self._index.write(self._index_end, body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
