@@ -235,11 +235,9 @@ class File:
     def write_ranges(self, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
         """Write `data` to the ranges (offset, length), one behind the other."""
         view, at = memoryview(data).cast("B"), 0
-        with _named("write", self.path):
-            for offset, length in ranges:
-                end, place = at + length, offset - at
-                while at < end:
-                    at += self._calls.pwrite(self._fd, view[at:end], place + at)
+        for offset, length in ranges:
+            self.write(offset, view[at : at + length])
+            at += length
 
     def truncate(self, size_bytes: int) -> None:
         with _named("resize", self.path):
