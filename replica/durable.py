@@ -360,7 +360,7 @@ class FileSystem:
 
     def make_directory(self, path: Path, *, private: bool = False) -> None:
         """Create a directory and its parents where missing, each durable in its parent."""
-        if self._is_directory(path):
+        if self.is_directory(path):
             return
         self.make_directory(path.parent)
         with _named("create", path), suppress(FileExistsError):
@@ -448,11 +448,22 @@ class FileSystem:
         with _named("stat", path):
             return self._calls.stat(path)
 
-    def _is_directory(self, path: Path) -> bool:
-        try:
-            return stat.S_ISDIR(self._calls.stat(path).st_mode)
-        except OSError:
-            return False
+    def is_directory(self, path: Path) -> bool:
+        """Whether there is a directory, or a link to one."""
+        with _named("stat", path):
+            try:
+                return stat.S_ISDIR(self._calls.stat(path).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+    def is_taken(self, path: Path) -> bool:
+        """Whether anything has that name, be it a link that leads nowhere."""
+        with _named("stat", path):
+            try:
+                self._calls.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
 
     def list_names(self, path: Path) -> list[str]:
         """Sorted names in a directory; an absent directory is an empty one."""
@@ -470,6 +481,26 @@ class FileSystem:
             except FileNotFoundError:
                 return
         self.sync_directory(path.parent)
+
+    def remove_empty(self, path: Path) -> None:
+        """Remove a directory, durably; one that something is in stays."""
+        with _named("remove", path):
+            try:
+                self._calls.rmdir(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return
+        self.sync_directory(path.parent)
+
+    def remove_any(self, path: Path) -> None:
+        """Remove what has that name, durably: a file, a link, or a directory with all that is in it."""
+        with _named("stat", path):
+            directory = stat.S_ISDIR(self._calls.lstat(path).st_mode)
+        if directory:
+            self.remove_tree(path)
+        else:
+            self.unlink(path)
 
     def remove_tree(self, path: Path) -> None:
         """Remove a directory with the plain files and directories in it, durably."""

@@ -330,3 +330,25 @@ def test_a_file_can_be_handed_over(tmp_path: Path) -> None:
         assert file.read(1, 5) == b"bc"
         assert os.fstat(file.fileno()).st_size == 3
         file.drop_cache()
+
+
+def test_only_an_empty_directory_is_removed_as_such(fs: FileSystem, tmp_path: Path) -> None:
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "x").touch()
+    for name in ("empty", "full"):
+        fs.remove_empty(tmp_path / name)
+    assert fs.list_names(tmp_path) == ["full"]
+
+
+def test_a_link_that_leads_nowhere_takes_its_name_and_goes_as_a_link(fs: FileSystem, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "there").symlink_to("kept")
+    assert fs.is_taken(tmp_path / "nowhere") and not fs.exists(tmp_path / "nowhere")
+    assert fs.is_directory(tmp_path / "there") and not fs.is_directory(tmp_path / "nowhere")
+    for name in ("nowhere", "there"):
+        fs.remove_any(tmp_path / name)
+    assert fs.list_names(tmp_path) == ["kept"]
+    fs.remove_any(tmp_path / "kept")
+    assert not fs.is_taken(tmp_path / "kept")

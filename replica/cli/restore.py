@@ -65,6 +65,8 @@ def restore(
         try:
             files = restore_point(fs, opened, target, form, bar(f"restore {machine}"), missing=gone)
         except KeyboardInterrupt:
+            if as_json:
+                raise  # it becomes the one document
             click.echo("replica: interrupted; nothing is left of it, a restore always begins anew", err=True)
             return 128 + signal.SIGINT
         there = machine_files(opened, allow_lost=allow_lost)

@@ -21,7 +21,7 @@ import socket
 import ssl
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import IPv6Address, IPv6Network, ip_address
 
@@ -33,6 +33,7 @@ BACKLOG = 128
 HANDSHAKE_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
 SILENCE_SECONDS = 60.0
+ABORT_TURNS = 20
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -45,10 +46,10 @@ class Listener:
         Raises OSError (gaierror, too) or OverflowError.
         """
         self._sockets: list[socket.socket] = []
-        self._shaking: set[socket.socket] = set()
+        self._shaking: dict[asyncio.Task[None], socket.socket] = {}
         self._through: set[_Counted] = set()
         self._open: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting: list[asyncio.Task[None]] = []
         self._quiet: dict[str, float] = {}
         try:
             self._bind(host, port)
@@ -84,34 +85,35 @@ class Listener:
 
     def start(self, context: ssl.SSLContext, make_protocol: Callable[[], asyncio.Protocol]) -> None:
         """Take connections from now on."""
-        for listening in self._sockets:
-            self._spawn(self._accept(listening, context, make_protocol))
+        loop = asyncio.get_running_loop()
+        self._accepting = [loop.create_task(self._accept(one, context, make_protocol)) for one in self._sockets]
 
     async def close(self) -> None:
-        """Take no more, and give handshakes up. Connections that are through go on. Idempotent."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        """Take no more, and give handshakes up. Connections that are through go on. Idempotent.
+
+        A handshake is not cancelled but loses its peer: asyncio would leave one that has not begun to itself.
+        """
+        for task in self._accepting:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for made in self._shaking:  # accepted, and its handshake was given up before it began
-            made.close()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for made in self._shaking.values():
+            _cut(made)
+        await asyncio.gather(*self._shaking, return_exceptions=True)
         self._close_sockets()
 
     async def abort(self) -> None:
         """Cut every connection, also one whose peer does not take part in TLS's farewell."""
         for connection in self._through:
             connection.transport.abort()
-        for _ in range(3):  # the transport, TLS and the protocol above it are told one after the other
+            _cut(connection.socket)  # a TLS transport that was closed twice knows of no connection to abort
+        for _ in range(ABORT_TURNS):  # the socket, its transport, TLS and the protocol above are told one by one
+            if not self._through:
+                break
             await asyncio.sleep(0)
 
     def _close_sockets(self) -> None:
         for listening in self._sockets:
             listening.close()
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _accept(
         self, listening: socket.socket, context: ssl.SSLContext, make_protocol: Callable[[], asyncio.Protocol]
@@ -135,15 +137,16 @@ class Listener:
                 made.close()
                 continue
             self._open[key] += 1
-            self._shaking.add(made)
-            self._spawn(self._shake_hands(made, key, context, make_protocol))
+            shaking = asyncio.get_running_loop().create_task(self._shake_hands(made, key, context, make_protocol))
+            self._shaking[shaking] = made
+            shaking.add_done_callback(self._shaking.pop)
 
     async def _shake_hands(
         self, made: socket.socket, key: str, context: ssl.SSLContext, make_protocol: Callable[[], asyncio.Protocol]
     ) -> None:
         """TLS; then the connection is the protocol's, and counts until it is lost."""
         loop = asyncio.get_running_loop()
-        counted = _Counted(make_protocol, self._through, lambda: self._less(key))
+        counted = _Counted(made, make_protocol, self._through, lambda: self._less(key))
         try:
             with suppress(OSError):
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -153,7 +156,6 @@ class Listener:
         except OSError as error:
             log.debug("a connection of %s ended in its TLS handshake: %s", key, error)
         finally:
-            self._shaking.discard(made)
             if not counted.taken:
                 made.close()
                 self._less(key)
@@ -197,8 +199,13 @@ class _Counted(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(
-        self, make_protocol: Callable[[], asyncio.Protocol], through: set[_Counted], lost: Callable[[], None]
+        self,
+        made: socket.socket,
+        make_protocol: Callable[[], asyncio.Protocol],
+        through: set[_Counted],
+        lost: Callable[[], None],
     ) -> None:
+        self.socket = made
         self._make = make_protocol
         self._through = through
         self._lost = lost
@@ -220,6 +227,12 @@ class _Counted(asyncio.Protocol):
             self._through.discard(self)
             self._lost()
             self._inner.connection_lost(exc)
+
+
+def _cut(made: socket.socket) -> None:
+    """End a connection both ways; the socket is closed by whoever finds that out. One that is closed stays so."""
+    with suppress(OSError):
+        made.shutdown(socket.SHUT_RDWR)
 
 
 def address_key(address: str) -> str:

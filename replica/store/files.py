@@ -51,7 +51,7 @@ def prepare_files(fs: FileSystem, files: dict[str, bytes], target: Path) -> Path
     """
     if not files:
         return None
-    if os.path.lexists(target / DIRECTORY):
+    if fs.is_taken(target / DIRECTORY):
         raise TargetExistsError(f"{target / DIRECTORY} already exists", hint="choose another directory or move it away")
     temporary = target / f".{DIRECTORY}.{os.urandom(4).hex()}.partial"
     try:

@@ -66,23 +66,23 @@ def restore_point(
     """
     disks = [state.disk for state in point.state.machine_disks]
     paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
-    if os.path.lexists(target) and not target.is_dir():
+    made = not fs.is_directory(target)
+    if made and fs.is_taken(target):
         raise TargetExistsError(f"{target} already exists and is no directory", hint="choose another one for --to")
     for path in paths.values():
-        if os.path.lexists(path):
+        if fs.is_taken(path):
             raise TargetExistsError(f"{path} already exists", hint="choose another directory or move it away")
     if missing is None:
         _refuse_lost(point)
-    made = not target.is_dir()
-    fs.make_directory(target)
     try:
+        fs.make_directory(target)
         with ExitStack() as stack:
             _hold(fs, target, stack)
             _write(fs, point, target, format, paths, missing, progress)
     except BaseException:
         if made:
-            with suppress(OSError):  # something is in it, which is not ours
-                target.rmdir()
+            with suppress(StorageError):
+                fs.remove_empty(target)  # what is in it is not ours
         raise
     return paths
 
@@ -96,10 +96,7 @@ def _hold(fs: FileSystem, target: Path, stack: ExitStack) -> None:
         for name in filter(TEMPORARY.fullmatch, fs.list_names(target)):
             path = target / name
             log.info("removing %s, which a restore that was cut has left", path)
-            if path.is_dir() and not path.is_symlink():
-                fs.remove_tree(path)
-            else:
-                fs.unlink(path)
+            fs.remove_any(path)
     with suppress(StorageError):
         stack.enter_context(fs.lock_directory(target, shared=True, wait=True))
 

@@ -124,6 +124,8 @@ def test_an_interrupted_restore_leaves_nothing_and_says_that_it_begins_anew(
         assert run(["restore", "web-1", "--to", "out", "-c", "receiver.toml"]) == 130
         assert "begins anew" in capsys.readouterr().err
         assert Path("out").exists() is there and not list(Path().glob("out/*"))
+    assert run(["restore", "web-1", "--to", "out", "-c", "receiver.toml", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "interrupted"
 
 
 def test_verify_names_what_damage_costs_and_points_remembers_it(

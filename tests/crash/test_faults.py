@@ -27,11 +27,11 @@ from replica.errors import DamageError, ImageError, ReplicaError, SourceBusyErro
 from replica.primary.cycle import sync_machine
 from replica.primary.spec import DiskSpec, MachineSpec, SenderSpec
 from replica.receiver.site import AllowSpec, Site, SiteSpec, StorageSpec
-from replica.store import Policy
+from replica.store import Policy, ReplicaReader, restore_point
 from tests.crash.crash_states import CrashModel
 from tests.crash.explorer import CrashState, repeatable, violates
-from tests.crash.histories import MACHINE, STORE, machine_world, store_world
-from tests.crash.memory_disk import Content, MemoryDisk
+from tests.crash.histories import CHANGING, MACHINE, STORE, changing_world, machine_world, store_world
+from tests.crash.memory_disk import Content, MemoryDisk, walk
 from tests.crash.worlds import STORAGE, TLS, MachineWorld, Promises, StoreWorld
 
 CHANGES = {"create", "write", "truncate", "punch", "sync", "sync-directory", "mkdir", "symlink", "link", "rmdir",
@@ -216,6 +216,55 @@ def test_a_rotation_fails_anywhere() -> None:
                 except BaseException as error:
                     error.add_note(f"{kind.__qualname__} at call {number}, {name}")
                     raise
+
+
+OUT = Path("/nowhere/out")
+
+
+@functools.cache
+def with_files() -> MachineWorld:
+    """A machine with two disks and a file of its own."""
+    world = changing_world()
+    with repeatable(0):
+        for _, step in CHANGING[:2]:
+            step(world)
+        world.close()
+    return world
+
+
+def restore(disk: MemoryDisk, fault: Fault | None) -> set[str]:
+    """The newest point onto another disk, which fails; the names that are there then."""
+    world, fs = with_files(), FileSystem(disk)
+    directory = world.directory()
+    assert directory is not None
+    with ReplicaReader(world.receiver_fs(), directory).open_point() as point:
+        disk.fault = fault
+        try:
+            restore_point(fs, point, OUT, "raw")
+        finally:
+            disk.fault = None
+    return {name for name, _ in walk(disk.tree())}
+
+
+def test_a_restore_fails_anywhere() -> None:
+    """Until the first name is given nothing is left of it, and then no half of a file; the next one tidies up."""
+    calls: list[str] = []
+    whole = restore(MemoryDisk(), lambda _number, name, _path: calls.append(name))
+    first_name = next(number for number, name in enumerate(calls) if name in ("link", "rename"))
+    for number, name in enumerate(calls):
+        for error in (errno.EIO, errno.ENOSPC):
+            disk = MemoryDisk()
+            started = disk.calls
+            try:
+                left = restore(disk, once(started + number, error))
+            except StorageError:
+                left = {name for name, _ in walk(disk.tree())}
+                if number < first_name:
+                    assert str(OUT) not in left, f"call {number}, {name}: {left}"
+                    left = restore(disk, None)
+            if number < first_name:
+                assert left == whole, f"call {number}, {name}"
+            assert not [name for name in left if "partial" in name], f"call {number}, {name}: {left}"
 
 
 @pytest.mark.parametrize("host", ["sender", "receiver"])

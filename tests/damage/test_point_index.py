@@ -9,7 +9,7 @@ import pytest
 from replica.durable import FileSystem
 from replica.errors import KeyMissingError, PointGoneError
 from replica.model import NEVER
-from replica.store import Layout, ReplicaReader
+from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.retention import Policy
 from tests.damage.damage_lab import flip
 from tests.store.small_primary import SmallPrimary
@@ -17,12 +17,21 @@ from tests.store.small_primary import SmallPrimary
 FS = FileSystem()
 
 
-def test_a_damaged_key_hides_no_point(tmp_path: Path) -> None:
+def committed(storage: Path, points: int) -> tuple[SmallPrimary, ReplicaStore]:
     primary = SmallPrimary({"os": 70_000})
-    store = primary.enrol(FS, tmp_path)
-    for _ in range(3):
+    store = primary.enrol(FS, storage)
+    for _ in range(points):
         primary.scribble()
         primary.sync(store)
+    return primary, store
+
+
+def restorable(reader: ReplicaReader) -> set[int]:
+    return {info.state.point for info in reader.points() if info.restorable}
+
+
+def test_a_damaged_key_hides_no_point(tmp_path: Path) -> None:
+    _, store = committed(tmp_path, 3)
     (key,) = Layout(store.directory).keys.iterdir()
     flip(key, 40)
     reader = ReplicaReader(FS, store.directory)
@@ -39,27 +48,19 @@ def test_a_damaged_key_hides_no_point(tmp_path: Path) -> None:
 
 
 def test_an_inverse_that_was_put_back_is_seen(tmp_path: Path) -> None:
-    primary = SmallPrimary({"os": 70_000})
-    store = primary.enrol(FS, tmp_path)
-    for _ in range(3):
-        primary.scribble()
-        primary.sync(store)
+    primary, store = committed(tmp_path, 3)
     path = Layout(store.directory).point(primary.made[2].delta_id)
     whole = path.read_bytes()
     flip(path, 40)
     reader = ReplicaReader(FS, store.directory)
-    assert {info.state.point for info in reader.points() if info.restorable} == {3} and reader.damaged == [path]
+    assert restorable(reader) == {3} and reader.damaged == [path]
     path.write_bytes(whole)
-    assert {info.state.point for info in reader.points() if info.restorable} == {1, 2, 3} and not reader.damaged
+    assert restorable(reader) == {1, 2, 3} and not reader.damaged
 
 
 @pytest.mark.parametrize("how", ["damaged", "missing"])
 def test_a_point_whose_inverse_does_not_open_borrows_nothing_from_an_older_one(tmp_path: Path, how: str) -> None:
-    primary = SmallPrimary({"os": 70_000})
-    store = primary.enrol(FS, tmp_path)
-    for _ in range(4):
-        primary.scribble()
-        primary.sync(store)
+    primary, store = committed(tmp_path, 4)
     before = {info.state.point: info for info in ReplicaReader(FS, store.directory).points()}
     path = Layout(store.directory).point(primary.made[2].delta_id)  # leads from point 3 to point 2
     flip(path, 40) if how == "damaged" else path.unlink()
@@ -77,11 +78,7 @@ def test_a_point_whose_inverse_does_not_open_borrows_nothing_from_an_older_one(t
 
 
 def test_a_point_that_nothing_names_any_more_is_not_just_unknown(tmp_path: Path) -> None:
-    primary = SmallPrimary({"os": 70_000})
-    store = primary.enrol(FS, tmp_path)
-    for _ in range(3):
-        primary.scribble()
-        primary.sync(store)
+    primary, store = committed(tmp_path, 3)
     store.rotate(Policy(keep_last=24, hourly=0))  # what led back to before point 1 goes
     path = Layout(store.directory).point(primary.made[1].delta_id)  # so no other file names point 1
     flip(path, 40)

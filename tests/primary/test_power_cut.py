@@ -13,82 +13,14 @@ import pytest
 from primary_lab import KiB, Lab, Link
 from test_disks import Changing
 
-from replica.durable import File, FileSystem, Lock
 from replica.plan import Mode
 from replica.primary.cycle import sync_machine
 from replica.store import replica_directories
+from tests.cutting import CutFileSystem, Power
 
 
 class PowerCut(BaseException):
     """No error: nothing of the program runs on, as after SIGKILL."""
-
-
-class Power:
-    """Counts the steps; from the one that is due on, none happens any more."""
-
-    def __init__(self, due: int | None = None) -> None:
-        self.steps, self.due = 0, due
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.due is not None and self.steps > self.due:
-            raise PowerCut
-
-
-class CutFile(File):
-    def __init__(self, file: File, power: Power) -> None:
-        super().__init__(file.fileno(), file.path)
-        self.power = power
-
-    def write(self, offset: int, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        try:
-            self.power.step()
-        except PowerCut:
-            if self.power.steps == (self.power.due or 0) + 1:
-                super().write(offset, view[: len(view) // 2])
-            raise
-        super().write(offset, view)
-
-    def truncate(self, size_bytes: int) -> None:
-        self.power.step()
-        super().truncate(size_bytes)
-
-    def zero(self, offset: int, length: int) -> None:
-        self.power.step()
-        super().zero(offset, length)
-
-    def sync(self) -> None:
-        self.power.step()
-        super().sync()
-
-
-class CutFileSystem(FileSystem):
-    def __init__(self, power: Power) -> None:
-        self.power = power
-
-    def open(self, path: Path, *, write: bool = False) -> File:
-        return CutFile(super().open(path, write=write), self.power)
-
-    def create(self, path: Path, *, private: bool = False) -> File:
-        self.power.step()
-        return CutFile(super().create(path, private=private), self.power)
-
-    def publish(self, temporary: Path, final: Path) -> None:
-        self.power.step()
-        super().publish(temporary, final)
-
-    def sync_directory(self, path: Path) -> None:
-        self.power.step()
-        super().sync_directory(path)
-
-    def unlink(self, path: Path) -> None:
-        self.power.step()
-        super().unlink(path)
-
-    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, busy: str = "") -> Lock:
-        self.power.step()
-        return super().lock(path, shared=shared, wait=wait, busy=busy)
 
 
 def sync_with(lab: Lab, power: Power) -> None:
@@ -103,7 +35,7 @@ def cut_at_every_step(lab: Lab, prepare: Any) -> Iterator[int]:
     due = 0
     while True:
         prepare(due)
-        power = Power(due)
+        power = Power(due, PowerCut)
         try:
             sync_with(lab, power)
         except PowerCut:
@@ -181,7 +113,7 @@ def test_two_cuts_in_a_row_anywhere(small: Lab) -> None:
     small.sync()
     for due in cut_at_every_step(small, lambda due: small.scribble("os", due * 1000 % (250 * KiB), 5000)):
         with pytest.raises(PowerCut):
-            sync_with(small, Power(due % 17))
+            sync_with(small, Power(due % 17, PowerCut))
         small.sync()
         small.assert_equal()
 

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -517,19 +517,21 @@ def test_a_reader_that_goes_away_lets_its_pin_go(receiver: Receiver) -> None:
 # --- who does not read ---
 
 
-def ask_and_not_read(receiver: Receiver, count: int, times: int = 1) -> list[ssl.SSLSocket]:
+@contextmanager
+def who_do_not_read(receiver: Receiver, count: int, times: int = 1) -> Iterator[list[ssl.SSLSocket]]:
     """Connections that each asked for the largest answer, `times` times, and read nothing. The kernel buffers one."""
     path = f"/v1/replicas/{receiver.id}/disks/{DISK.id}/tree?level=0&first=0&count=65536"
-    made = []
-    for _ in range(count):
-        plain = socket.socket()
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        plain.settimeout(20)
-        plain.connect(("localhost", receiver.loopback.port))
-        tls = client_context(receiver.pki.files("hv-1")).wrap_socket(plain, server_hostname="localhost")
-        tls.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
-        made.append(tls)
-    return made
+    with ExitStack() as stack:
+        made = []
+        for _ in range(count):
+            plain = stack.enter_context(socket.socket())
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.settimeout(20)
+            plain.connect(("localhost", receiver.loopback.port))
+            tls = client_context(receiver.pki.files("hv-1")).wrap_socket(plain, server_hostname="localhost")
+            made.append(stack.enter_context(tls))
+            tls.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
+        yield made
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -559,28 +561,26 @@ def test_a_client_that_does_not_read_is_cut_off(
     receiver.cycle()
     monkeypatch.setattr(bodies, "GRACE_SECONDS", 0.3)
     monkeypatch.setattr(bodies, "MIN_RATE", 1 << 30)
-    (lazy,) = ask_and_not_read(receiver, 1, times=3)
-    (budget,) = answers
-    wait_for(lambda: budget.free_bytes < budget.total_bytes)
-    wait_for(lambda: budget.free_bytes == budget.total_bytes)
-    with lazy, suppress(ConnectionError, ssl.SSLError):
-        while lazy.recv(1 << 16):
-            pass
+    with who_do_not_read(receiver, 1, times=3) as (lazy,):
+        (budget,) = answers
+        wait_for(lambda: budget.free_bytes < budget.total_bytes)
+        wait_for(lambda: budget.free_bytes == budget.total_bytes)
+        with suppress(ConnectionError, ssl.SSLError):
+            while lazy.recv(1 << 16):
+                pass
 
 
 def test_answers_nobody_reads_are_counted_as_their_identity_s(
     answers: list[bodies.AnswerBudget], receiver: Receiver
 ) -> None:
     receiver.cycle()
-    lazy = ask_and_not_read(receiver, 24, times=4)
-    (budget,) = answers
-    wait_for(lambda: budget.free_bytes == budget.total_bytes // 2)
-    with closing(receiver.loopback.client(receiver.pki.files("hv-2"))) as other:
-        assert other.replicas() == []
-    assert receiver.client.replica(receiver.id).head.point == 1
-    assert budget.free_bytes == budget.total_bytes // 2
-    for tls in lazy:
-        tls.close()
+    with who_do_not_read(receiver, 24, times=4):
+        (budget,) = answers
+        wait_for(lambda: budget.free_bytes == budget.total_bytes // 2)
+        with closing(receiver.loopback.client(receiver.pki.files("hv-2"))) as other:
+            assert other.replicas() == []
+        assert receiver.client.replica(receiver.id).head.point == 1
+        assert budget.free_bytes == budget.total_bytes // 2
     wait_for(lambda: budget.free_bytes == budget.total_bytes)
 
 
@@ -590,14 +590,12 @@ def test_the_end_does_not_wait_for_who_does_not_read(pki: Pki, tmp_path: Path, m
     made = Receiver(pki, tmp_path)
     made.start()
     made.cycle()
-    lazy = ask_and_not_read(made, 8, times=3)
-    time.sleep(0.3)
-    started = time.monotonic()
-    made.loopback.stop()
-    assert time.monotonic() - started < 5
+    with who_do_not_read(made, 8, times=3):
+        time.sleep(0.3)
+        started = time.monotonic()
+        made.loopback.stop()
+        assert time.monotonic() - started < 5
     assert made.store.closed
-    for tls in lazy:
-        tls.close()
     made.client.close()
 
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+import replica.store.commit as commits
 from replica import _native
 from replica.delta import DataKey, DeltaSealer, Packer, Segment, SegmentEntry, window_rows
 from replica.durable import FileSystem
+from replica.errors import ReplicaError
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import Consistency, DeltaId, Disk, DiskId, DiskState, Epoch, ReplicaId, State, random_id
 from replica.store import Identity, ReplicaStore
@@ -137,3 +140,20 @@ class SmallPrimary:
         assert store.commit(made.delta_id) == made.result
         self.acknowledge(made)
         return made
+
+
+def commit_until(
+    step: str, error: ReplicaError, store: ReplicaStore, primary: SmallPrimary, monkeypatch: pytest.MonkeyPatch
+) -> Made:
+    """A commit that has come to `step` of `replica.store.commit` when that fails."""
+    made = primary.make()
+    primary.send(store, made)
+
+    def fails(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commits, step, fails)
+        with pytest.raises(type(error)):
+            store.commit(made.delta_id)
+    return made

@@ -18,7 +18,7 @@ from replica.store import Layout, PointReader, Policy, ReplicaReader, ReplicaSto
 from replica.store.marks import Marks
 from replica.store.rotation import Rotated, Rotator
 from tests.store.small_primary import Made, SmallPrimary
-from tests.store.test_replica import CutFileSystem, check_points
+from tests.store.test_replica import check_points, cut_in_the_head
 
 SIZE = 400_000
 
@@ -29,7 +29,7 @@ def content(point: PointReader) -> bytes:
     return bytes(buffer)
 
 
-def cut_in_the_head(fs: FileSystem, storage: Path) -> tuple[SmallPrimary, Path, Made]:
+def half_written(fs: FileSystem, storage: Path) -> tuple[SmallPrimary, Path, Made]:
     """Points 1 and 2, and a commit of the third that was cut while the head was being written."""
     primary = SmallPrimary({"os": SIZE}, seed=3)
     store = primary.enrol(fs, storage)
@@ -42,20 +42,7 @@ def cut_in_the_head(fs: FileSystem, storage: Path) -> tuple[SmallPrimary, Path, 
     made = primary.make()
     primary.send(store, made)
     store.close()
-    cutting = CutFileSystem(1 << 60)
-    store = ReplicaStore.open(cutting, store.directory)
-    inverse = store.directory / "points" / str(made.delta_id)
-    original = cutting.step
-
-    def step() -> None:
-        if inverse.exists() and cutting.cut_at == 1 << 60:
-            cutting.cut_at = cutting.steps + 3
-        original()
-
-    cutting.step = step  # type: ignore[method-assign]
-    with pytest.raises(StorageError):
-        store.commit(made.delta_id)
-    store.close()
+    cut_in_the_head(store.directory, made.delta_id, 3)
     return primary, store.directory, made
 
 
@@ -66,7 +53,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_a_reader_finds_its_way_again_after_a_rollback(fs: FileSystem, tmp_path: Path) -> None:
-    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    primary, directory, made = half_written(fs, tmp_path)
     with ReplicaReader(fs, directory).open_point(2) as point:
         assert content(point) == primary.copies[2]["os"]  # through the inverse of what is half applied
         flip(directory / "incoming" / str(made.delta_id), 400)
@@ -80,7 +67,7 @@ def test_a_reader_finds_its_way_again_after_a_rollback(fs: FileSystem, tmp_path:
 
 
 def test_a_half_written_head_without_its_inverse_is_not_read(fs: FileSystem, tmp_path: Path) -> None:
-    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    primary, directory, made = half_written(fs, tmp_path)
     flip(directory / "points" / str(made.delta_id), -20)
     reader = ReplicaReader(fs, directory)
     assert not any(info.restorable for info in reader.points())
@@ -222,7 +209,7 @@ def test_failures_that_are_tried_again_leave_no_descriptors_open(
     def refused(self: File, *_: object) -> None:
         raise StorageError(f"cannot touch {self.path}")
 
-    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    primary, directory, made = half_written(fs, tmp_path)
     store = ReplicaStore.open(fs, directory)
     primary.acknowledge(made)
     primary.scribble()
@@ -238,7 +225,7 @@ def test_failures_that_are_tried_again_leave_no_descriptors_open(
     assert store.commit(made.delta_id) == made.result
     store.close()
 
-    primary, directory, made = cut_in_the_head(fs, tmp_path)
+    primary, directory, made = half_written(fs, tmp_path)
     before = count_open()
     real = File.sync
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import replica.store.commit as commits
 from replica.durable import FileSystem
 from replica.errors import StorageError
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.points import Link
 from replica.store.reader import PointReader
-from tests.store.small_primary import SmallPrimary
+from tests.store.small_primary import SmallPrimary, commit_until
 
 FS = FileSystem()
 
@@ -57,16 +56,7 @@ def test_what_is_not_made_yet_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     removed = primary.content.pop("os")
     primary.sync(store)
     primary.content["os"] = removed
-    made = primary.make()
-    primary.send(store, made)
-
-    def cut(*_: object) -> None:
-        raise StorageError("the power is gone")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(commits, "write", cut)
-        with pytest.raises(StorageError):
-            store.commit(made.delta_id)
+    commit_until("write", StorageError("the power is gone"), store, primary, monkeypatch)
     assert store.applying and not Layout(store.directory).image(primary.ids["os"]).exists()
     listed = {info.state.point for info in ReplicaReader(FS, store.directory).points() if info.restorable}
     assert listed == {1, 2, 3, 4}

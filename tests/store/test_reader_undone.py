@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import replica.store.commit as commits
 from replica.durable import FileSystem
-from replica.errors import DamageError, ReplicaError
+from replica.errors import DamageError
 from replica.model import DiskId
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.reader import PointReader
-from tests.store.small_primary import SmallPrimary
+from tests.store.small_primary import SmallPrimary, commit_until
 
 FS = FileSystem()
 SIZE = 64 * 4096
@@ -20,16 +19,7 @@ SIZE = 64 * 4096
 
 def commit_half(store: ReplicaStore, primary: SmallPrimary, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The head holds a delta whose commit then stops. Returns the delta's file."""
-    made = primary.make()
-    primary.send(store, made)
-
-    def fails(*_: object) -> None:
-        raise DamageError("what was written is not what is read")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(commits, "settle", fails)
-        with pytest.raises(ReplicaError):
-            store.commit(made.delta_id)
+    made = commit_until("settle", DamageError("what was written is not what is read"), store, primary, monkeypatch)
     return Layout(store.directory).incoming / str(made.delta_id)
 
 

@@ -338,6 +338,24 @@ class CutFile(File):
         super().sync()
 
 
+def cut_in_the_head(directory: Path, delta_id: DeltaId, steps: int) -> None:
+    """Commit what has arrived, and cut that so many steps behind the one that gave the inverse its name."""
+    cutting = CutFileSystem(1 << 60)
+    store = ReplicaStore.open(cutting, directory)
+    original = cutting.step
+
+    def step() -> None:
+        if cutting.cut_at == 1 << 60 and (directory / "points" / str(delta_id)).exists():
+            cutting.cut_at = cutting.steps + steps
+        original()
+
+    cutting.step = step  # type: ignore[method-assign]
+    with pytest.raises(StorageError):
+        store.commit(delta_id)
+    assert store.stopped is not None
+    store.close()
+
+
 @pytest.mark.parametrize("head_format", ["raw", "vhd"])
 @pytest.mark.parametrize("resize", [False, True])
 def test_a_commit_cut_at_any_step_recovers(fs: FileSystem, tmp_path: Path, head_format: str, resize: bool) -> None:
@@ -406,21 +424,7 @@ def test_recovery_goes_back_when_it_cannot_go_on(fs: FileSystem, tmp_path: Path,
     made = primary.make()
     primary.send(store, made)
     store.close()
-    cutting = CutFileSystem(1 << 60)
-    store = ReplicaStore.open(cutting, store.directory)
-    inverse = store.directory / "points" / str(made.delta_id)
-    original = cutting.step
-
-    def cut_in_the_head() -> None:
-        if inverse.exists() and cutting.cut_at == 1 << 60:
-            cutting.cut_at = cutting.steps + 9
-        original()
-
-    cutting.step = cut_in_the_head  # type: ignore[method-assign]
-    with pytest.raises(StorageError):
-        store.commit(made.delta_id)
-    assert store.stopped is not None
-    store.close()
+    cut_in_the_head(store.directory, made.delta_id, 9)
     for directory in ["incoming", "points"] if lost == "both" else [lost]:
         path = store.directory / directory / str(made.delta_id)
         data = bytearray(path.read_bytes())

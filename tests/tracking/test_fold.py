@@ -10,81 +10,13 @@ import numpy as np
 import pytest
 from tracking_machine import Machine, MemoryImage, root_of
 
-from replica.durable import File, FileSystem
+from replica.durable import FileSystem
 from replica.errors import DamageError, StorageError
 from replica.tracking.fold import fold
 from replica.tracking.journal import Journal
+from tests.cutting import CutFileSystem, Power
 
 W = 4 << 20
-
-
-class Power:
-    """Counts steps that change the disk; the one that is due fails, and so does everything after it."""
-
-    def __init__(self, due: int | None = None) -> None:
-        self.steps, self.due = 0, due
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.due is not None and self.steps > self.due:
-            raise StorageError("the power is off")
-
-
-class CutFile(File):
-    def __init__(self, file: File, power: Power) -> None:
-        super().__init__(file.fileno(), file.path)
-        self.power = power
-
-    def write(self, offset: int, data: object) -> None:
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        try:
-            self.power.step()
-        except StorageError:
-            super().write(offset, view[: len(view) // 2])  # the last write before the cut is torn
-            raise
-        super().write(offset, view)
-
-    def truncate(self, size_bytes: int) -> None:
-        self.power.step()
-        super().truncate(size_bytes)
-
-    def zero(self, offset: int, length: int) -> None:
-        self.power.step()
-        super().zero(offset, length)
-
-    def sync(self) -> None:
-        self.power.step()
-        super().sync()
-
-
-class CutFileSystem(FileSystem):
-    """The real file system until the power goes."""
-
-    def __init__(self, power: Power) -> None:
-        self.power = power
-
-    def open(self, path: Path, *, write: bool = False) -> File:
-        return CutFile(super().open(path, write=write), self.power)
-
-    def create(self, path: Path, *, private: bool = False) -> File:
-        self.power.step()
-        return CutFile(super().create(path, private=private), self.power)
-
-    def publish(self, temporary: Path, final: Path) -> None:
-        self.power.step()
-        super().publish(temporary, final)
-
-    def sync_directory(self, path: Path) -> None:
-        self.power.step()
-        super().sync_directory(path)
-
-    def make_directory(self, path: Path, *, private: bool = False) -> None:
-        self.power.step()
-        super().make_directory(path, private=private)
-
-    def unlink(self, path: Path) -> None:
-        self.power.step()
-        super().unlink(path)
 
 
 def changed(seed: int, data: np.ndarray) -> np.ndarray:
