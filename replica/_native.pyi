@@ -13,7 +13,7 @@ may be short and counts as if filled up with zeros.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy.typing as npt
 from typing_extensions import Buffer
@@ -21,6 +21,11 @@ from typing_extensions import Buffer
 _Memory = Buffer | npt.NDArray[Any]
 
 __all__ = [
+    "MAX_CHUNKS",
+    "MAX_EXTENTS",
+    "SEGMENT_RAW_BYTES",
+    "TAG_BYTES",
+    "Cipher",
     "__version__",
     "crc32c",
     "decode_extents",
@@ -35,6 +40,10 @@ __all__ = [
 ]
 
 __version__: str
+SEGMENT_RAW_BYTES: int
+MAX_EXTENTS: int
+MAX_CHUNKS: int
+TAG_BYTES: int
 
 def scan(
     window: _Memory, grain_bytes: int, secret: _Memory, old: _Memory | None, new: _Memory, dirty: _Memory
@@ -84,3 +93,33 @@ def gather(rows: _Memory, sources: Sequence[_Memory], grain_bytes: int) -> bytes
 
 def crc32c(data: _Memory, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of `data`, going on from the CRC `crc` of what stands before it."""
+
+@final
+class Cipher:
+    """AES-256-GCM in one delta file; `name` is the file's, for messages. Thread-safe, also while calls are running.
+
+    Numbers are of 32 bits. Methods that open raise DamageError for what was not sealed under this key in this file
+    (`header_digest`: BLAKE3 of its header), at this place, as this; FormatError for what was, and still is no
+    segment; ValueError for a wrong call. No memory is asked for by a number that is neither authentic nor bounded.
+    """
+
+    def __new__(cls, key: bytes, header_digest: bytes, name: str) -> Cipher: ...
+    def seal(self, kind: int, segment: int, chunk: int, data: _Memory, raw_bytes: int, flags: int = 0) -> bytes:
+        """Ciphertext and tag. Never twice for one (kind, segment, chunk)."""
+
+    def open(self, kind: int, segment: int, chunk: int, sealed: _Memory, raw_bytes: int, flags: int = 0) -> bytes:
+        """What `seal` was given there."""
+
+    def seal_segment(
+        self, number: int, disk: int, extents: _Memory, payload: _Memory, level: int
+    ) -> tuple[bytes, bytes]:
+        """(blob, its BLAKE3 digest). Never twice for one number. `extents`: u64[n, 3], `level`: of zstd."""
+
+    def open_table(self, number: int, sealed: _Memory, blob_bytes: int) -> tuple[int, bytes, bytes]:
+        """(disk, chunks as u32[n, 3]: raw length, flags, sealed length, extents as u64[n, 3])."""
+
+    def open_chunk(self, number: int, index: int, row: tuple[int, int, int], sealed: _Memory) -> bytes:
+        """The raw bytes of the chunk with that row of the table."""
+
+    def open_segment(self, number: int, blob: _Memory, table_bytes: int, grain_bytes: int) -> tuple[int, bytes, bytes]:
+        """(disk, extents as u64[n, 3], payload). `table_bytes`: of the sealed table, as the blob's prefix says."""

@@ -1,4 +1,4 @@
-//! The one error of the kernels: an argument or encoded bytes that were refused.
+//! What the kernels say instead of panicking: an argument that was refused, or sealed bytes that are not what they should be.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -15,7 +15,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-pub type Result<T> = std::result::Result<T, Refused>;
+pub type Result<T, E = Refused> = std::result::Result<T, E>;
 
 /// `Err(Refused)` with a message built only when it is needed.
 pub fn refuse<T>(message: impl Into<String>) -> Result<T> {
@@ -28,4 +28,26 @@ pub fn same_length(what: &str, found: usize, wanted: usize) -> Result<()> {
         return Ok(());
     }
     refuse(format!("{what} has {found} bytes, {wanted} are needed"))
+}
+
+/// What was wrong with sealed bytes. Python sees its `DamageError`, its `FormatError`, or a `ValueError`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// They were not sealed under this key, at this place, as this.
+    Damaged(String),
+    /// They were, and are no valid segment all the same.
+    Malformed(String),
+    /// The call itself was wrong.
+    Refused(Refused),
+}
+
+impl From<Refused> for Fault {
+    fn from(refused: Refused) -> Fault {
+        Fault::Refused(refused)
+    }
+}
+
+/// `Err(Fault::Malformed)` with that message.
+pub fn malformed<T>(message: impl Into<String>) -> Result<T, Fault> {
+    Err(Fault::Malformed(message.into()))
 }

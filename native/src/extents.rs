@@ -99,6 +99,12 @@ pub fn rows(bytes: &[u8]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Grains that a table in memory has data of.
+pub fn count_data(table: &[u8]) -> Result<u64> {
+    let data = rows(table)?.into_iter().filter(|row| row.kind == Kind::Data);
+    Ok(data.fold(0, |sum: u64, row| sum.saturating_add(row.count)))
+}
+
 /// Encode a table in memory.
 pub fn encode(table: &[u8]) -> Result<Vec<u8>> {
     let mut out = Vec::with_capacity(table.len() / ROW_BYTES * 4);

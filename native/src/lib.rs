@@ -13,14 +13,20 @@
 //! | `varint`  | canonical LEB128                                                  |
 //! | `extents` | tables of extents and their encoding                              |
 //! | `overlay` | one table laid over another, and the payload that results         |
+//! | `seal`    | AES-256-GCM, bound to file and place                              |
+//! | `chunk`   | a payload cut into chunks; which of them are compressed           |
+//! | `segment` | whole segments, sealed and opened                                 |
 #![deny(unsafe_code)]
 
+pub mod chunk;
 pub mod error;
 pub mod extents;
 pub mod grain;
 pub mod merkle;
 pub mod overlay;
 pub mod scan;
+pub mod seal;
+pub mod segment;
 pub mod varint;
 
 #[cfg(feature = "python")]

@@ -15,26 +15,27 @@ and with it a new salt and a new key.
 A seal's associated data are the header's digest, the kind, the position, and
 what the plaintext says about itself (raw length, flags): so no sealed piece
 opens in another file, at another place, or as something else.
+
+Keys, salts and claims are decided here. The cipher itself is native
+(`native/src/seal.rs`), because whole segments are sealed and opened in one call.
 """
 
 from __future__ import annotations
 
 import hmac
 import os
-import struct
 import threading
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from replica import _native
 from replica.delta.header import COMMITMENT_BYTES, SALT_BYTES, Header
 from replica.delta.keys import DataKey, Keyring, KeySource
-from replica.errors import DamageError, FormatError, KeyMissingError
+from replica.errors import FormatError, KeyMissingError
 from replica.model import DeltaId, Epoch, ReplicaId
 
 if TYPE_CHECKING:
@@ -42,11 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DataKey", "KeySource", "Keyring", "Kind", "Opener", "Sealer", "derive"]
 
-TAG_BYTES = 16
+TAG_BYTES = _native.TAG_BYTES
 AES_KEY_BYTES = 32
 FORMAT_NAME = b"replica delta v1"
-_POSITION = struct.Struct("<III")
-_PLAINTEXT = struct.Struct("<II")
 
 
 class Kind(IntEnum):
@@ -65,17 +64,6 @@ def derive(key: DataKey, salt: bytes, replica_id: ReplicaId, delta_id: DeltaId, 
     return both[:AES_KEY_BYTES], both[AES_KEY_BYTES:]
 
 
-class _Cipher(threading.local):
-    """AES-GCM of one key, an object per thread: none of ours is ever shared between threads."""
-
-    def __init__(self, key: bytes) -> None:
-        self.aes = AESGCM(key)
-
-
-def _associated(header_digest: bytes, position: bytes, raw_bytes: int, flags: int) -> bytes:
-    return header_digest + position + _PLAINTEXT.pack(raw_bytes, flags)
-
-
 class Sealer:
     """Seals one delta file, with a fresh salt. Thread-safe."""
 
@@ -83,8 +71,7 @@ class Sealer:
         salt = os.urandom(SALT_BYTES)
         secret, commitment = derive(key, salt, replica_id, delta_id, epoch)
         self.header = Header(replica_id, delta_id, epoch, key.id, salt, commitment)
-        self._digest = blake3(self.header.raw).digest()
-        self._cipher = _Cipher(secret)
+        self.cipher = _native.Cipher(secret, blake3(self.header.raw).digest(), "the delta")
         self._lock = threading.Lock()
         self._claimed: set[int] = set()
         self._below = 0
@@ -109,10 +96,7 @@ class Sealer:
 
     def seal(self, kind: Kind, segment: int, chunk: int, data: Buffer, raw_bytes: int, flags: int = 0) -> bytes:
         """Ciphertext and tag. The caller has claimed the segment or the manifest and counts its chunks up."""
-        position = _POSITION.pack(kind, segment, chunk)
-        return self._cipher.aes.encrypt(
-            position, memoryview(data), _associated(self._digest, position, raw_bytes, flags)
-        )
+        return self.cipher.seal(kind, segment, chunk, data, raw_bytes, flags)
 
 
 class Opener:
@@ -134,15 +118,8 @@ class Opener:
         if not hmac.compare_digest(commitment, header.commitment):
             raise KeyMissingError(f"{name} was not sealed with the key {header.key_id} that is here")
         self.name = name
-        self._digest = blake3(header.raw).digest()
-        self._cipher = _Cipher(secret)
+        self.cipher = _native.Cipher(secret, blake3(header.raw).digest(), name)
 
     def open(self, kind: Kind, segment: int, chunk: int, sealed: Buffer, raw_bytes: int, flags: int = 0) -> bytes:
         """The plaintext. DamageError unless it was sealed in this file, at this place, as this."""
-        position = _POSITION.pack(kind, segment, chunk)
-        try:
-            associated = _associated(self._digest, position, raw_bytes, flags)
-            return self._cipher.aes.decrypt(position, memoryview(sealed), associated)
-        except InvalidTag:
-            what = "manifest" if kind == Kind.MANIFEST else f"segment {segment} ({kind.name.lower()} {chunk})"
-            raise DamageError(f"the {what} of {self.name} is not as it was sealed") from None
+        return self.cipher.open(kind, segment, chunk, sealed, raw_bytes, flags)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-import replica.delta.seal
-from replica.delta import DataKey, DeltaSealer, MemoryKeys, Segment, rows_of
+from replica.delta import DataKey, DeltaSealer, MemoryKeys, Segment, decode_header, rows_of
 from replica.delta.seal import Kind, Opener, Sealer, derive
 from replica.errors import DamageError, KeyMissingError
 from replica.model import DeltaId, Epoch, KeyId, ReplicaId, random_id
+from tests.delta.segment_reference import Reference
 
 KEY = DataKey.generate()
 REPLICA, DELTA, EPOCH = ReplicaId(random_id()), DeltaId(random_id()), Epoch(3, random_id())
@@ -83,26 +81,18 @@ def test_a_changed_header_opens_nothing() -> None:
         Opener(header, MemoryKeys(other)).open(Kind.MANIFEST, 0, 0, sealed, 7)
 
 
-def test_no_nonce_repeats_over_many_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deltas sealed again and again, some given up half way, from several threads."""
-    used: list[tuple[bytes, bytes]] = []
-    lock = threading.Lock()
-
-    class Watched:
-        def __init__(self, key: bytes) -> None:
-            self.key, self.aes = key, AESGCM(key)
-
-        def encrypt(self, nonce: bytes, data: Any, associated: bytes) -> bytes:
-            with lock:
-                used.append((self.key, nonce))
-            return self.aes.encrypt(nonce, data, associated)
-
-    monkeypatch.setattr(replica.delta.seal, "AESGCM", Watched)
+def test_no_nonce_repeats_over_many_attempts() -> None:
+    """Deltas sealed again and again, some given up half way, from several threads. Opening proves the nonces."""
+    used: list[tuple[bytes, tuple[int, int, int]]] = []
     segment = Segment(0, rows_of([(0, 40, 1)]), os.urandom(40 * 4096))
     for attempt in range(200):
         sealer = DeltaSealer(KEY, REPLICA, DELTA, EPOCH)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _, by=sealer: by.seal(segment), range(attempt % 5)))
+            sealed = list(pool.map(lambda _, by=sealer: by.seal(segment), range(attempt % 5)))
+        reference = Reference.of(decode_header(sealer.header), KEY)
+        for number, blob in ((one.number, one.blob) for one in sealed):
+            _, chunks = reference.open_segment(number, blob)
+            used += [(reference.key, (2, number, 0)), *((reference.key, (3, number, i)) for i in range(len(chunks)))]
     assert len(used) > 1000
     assert len(set(used)) == len(used)
 
