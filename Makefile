@@ -49,6 +49,7 @@ $(NATIVE): $(NATIVE_SOURCES) pyproject.toml $(VENV)/.packages
 	@echo "building the native core"
 	@$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	@$(PYTHON) -m pip check --quiet
+	@$(PYTHON) -m compileall -q replica
 	@touch $@
 
 test: install

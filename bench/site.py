@@ -11,6 +11,7 @@ somebody else measured, meanwhile; `every` is the shortest, so it goes on at onc
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import replica
 from bench.measure import Cost, Group, free_port, wait_listening
 from bench.tls import REPLICA, Certificates
 
@@ -45,6 +47,7 @@ class Lab:
 
     def __init__(self, directory: Path, image: Path, *, storage: Path | None = None) -> None:
         """`storage`: where the replicas lie; in `directory` without it."""
+        compileall.compile_dir(Path(replica.__file__).parent, quiet=1)  # as an installation has it
         directory.mkdir(exist_ok=True)
         self.directory, self.image = directory, image
         self.certificates = Certificates(directory / "pki")

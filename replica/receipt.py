@@ -1,4 +1,4 @@
-"""A receipt: what the receiver signs of a point, and how anybody checks it, with nothing but a public key.
+"""A receipt: what the receiver signs of a point, and what it proves. Signing and checking it is in `signing`.
 
 A receipt file is two lines:
 
@@ -28,11 +28,8 @@ from typing import Literal
 
 import msgspec
 from blake3 import blake3
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from replica.errors import ConfigError, FormatError, RootMismatchError
+from replica.errors import FormatError, RootMismatchError
 from replica.model import DIGEST_BYTES, MAX_DISKS, DeltaId, DiskId, Epoch, Frozen, ReplicaId, State
 
 FORMAT = 1
@@ -40,7 +37,6 @@ MAX_RECEIPT_BYTES = 1 << 20
 NO_LINK = bytes(DIGEST_BYTES).hex()
 """What the first receipt has before it."""
 
-_DOMAIN = b"replica receipt v1\n"
 _LINK_CONTEXT = "replica 2026-11 receipt link v1"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _EXPORT = "have it exported anew with `replica receipt export`; if it is so at the receiver, it rotted there"
@@ -132,7 +128,7 @@ def _is_proven(point: int, read_points: Iterable[int]) -> bool:
 
 
 class SignedReceipt(Frozen, frozen=True):
-    """A receipt with its exact bytes. Made by `sign` and by `parse`, which does not check the signature."""
+    """A receipt with its exact bytes. Made by `signing.sign` and by `parse`, which does not check the signature."""
 
     receipt: Receipt
     body: bytes
@@ -151,28 +147,6 @@ class SignedReceipt(Frozen, frozen=True):
     def link(self) -> str:
         """What the next receipt names as its `previous`."""
         return next_link(self.receipt.previous, self.body_digest)
-
-    def verify(self, key: Ed25519PublicKey) -> None:
-        """FormatError unless it was signed, bit for bit, by the owner of this key."""
-        if self.receipt.key_id != key_id_of(key):
-            raise FormatError(
-                f"the receipt of point {self.receipt.point} is signed by the key {self.receipt.key_id[:16]}…, not by "
-                f"{key_id_of(key)[:16]}…",
-                hint="check it with that receiver's key; after a change of key the old one is needed for old receipts",
-            )
-        try:
-            key.verify(self.signature, _DOMAIN + self.body)
-        except InvalidSignature:
-            raise FormatError(
-                f"the signature of the receipt of point {self.receipt.point} does not fit",
-                hint="it was changed after it was signed; it proves nothing",
-            ) from None
-
-
-def sign(receipt: Receipt, key: Ed25519PrivateKey) -> SignedReceipt:
-    """Deterministic: the same receipt and key give the same bytes (RFC 8032)."""
-    body = msgspec.json.encode(receipt)
-    return SignedReceipt(receipt, body, key.sign(_DOMAIN + body))
 
 
 def parse(data: bytes, name: str = "the receipt") -> SignedReceipt:
@@ -237,26 +211,3 @@ def check_shipped(signed: SignedReceipt, state: State) -> None:
             f"{state.point} (delta {state.delta_id})",
             hint="the point is not trusted; both sides are compared, and what differs is shipped",
         )
-
-
-def key_id_of(key: Ed25519PublicKey) -> str:
-    """SHA-256 of the public key's DER form: `openssl pkey -pubin -in receipt.pub -outform DER | sha256sum`."""
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
-    return digest.finalize().hex()
-
-
-def encode_public(key: Ed25519PublicKey) -> bytes:
-    """PEM."""
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def decode_public(data: bytes, name: str) -> Ed25519PublicKey:
-    """The public key in a PEM file. ConfigError."""
-    try:
-        key = serialization.load_pem_public_key(data)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{name} is no public key: {error}", hint="give the receiver's receipt.pub") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{name} is no Ed25519 key", hint="give the receiver's receipt.pub")
-    return key

@@ -1,7 +1,7 @@
 """The command `replica`: thin, light to start, and the place where errors become lines and exit codes.
 
-Every command module imports what it needs inside the command, so that
-`replica --help` loads no cryptography and `replica sync` no web server.
+A command's module is imported when that command is asked for, and imports what
+it needs inside the command: `replica --help` loads no cryptography, `replica sync` no web server.
 Nothing is decided here that the library could not do: a command reads its
 configuration, calls the engine, and prints.
 """

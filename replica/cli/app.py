@@ -14,36 +14,53 @@ import logging
 import os
 import signal
 import sys
+from importlib import import_module
 from types import FrameType, TracebackType
 
 import click
 
 from replica import __version__
-from replica.cli import (
-    adopt,
-    enrol,
-    image,
-    lock,
-    pki,
-    points,
-    prune,
-    receipt,
-    restore,
-    resync,
-    serve,
-    status,
-    sync,
-    verify,
-)
 from replica.cli.output import Said, complain, print_json
 from replica.errors import ReplicaError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 GO_ON = "nothing is lost, run it again to go on"
+COMMANDS = {
+    "adopt": "adopt",
+    "enrol": "enrol",
+    "image": "image",
+    "lock": "lock",
+    "pki": "pki",
+    "points": "points",
+    "prune": "prune",
+    "receipt": "receipt",
+    "restore": "restore",
+    "resync": "resync",
+    "run": "sync",
+    "serve": "serve",
+    "status": "status",
+    "sync": "sync",
+    "verify": "verify",
+}
+"""Each command, and the module of `replica.cli` that has it under the same name."""
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are asked for: only `--help` imports them all."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*COMMANDS, *self.commands})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            module = import_module(f"replica.cli.{COMMANDS[cmd_name]}")
+            self.add_command(getattr(module, cmd_name))
+        return super().get_command(ctx, cmd_name)
 
 
 @click.group(
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes and every setting: docs/OPERATIONS.md.",
 )
@@ -70,26 +87,6 @@ def cli() -> None:
       replica image info web-1.vhd                       what a disk image is
       replica image convert web-1.vhd web-1.raw --format raw
     """
-
-
-for command in (
-    pki.pki,
-    serve.serve,
-    sync.sync,
-    sync.run,
-    resync.resync,
-    enrol.enrol,
-    adopt.adopt,
-    status.status,
-    points.points,
-    receipt.receipt,
-    restore.restore,
-    verify.verify,
-    lock.lock,
-    prune.prune,
-    image.image,
-):
-    cli.add_command(command)
 
 
 def main() -> int:

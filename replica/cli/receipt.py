@@ -142,14 +142,16 @@ def verify(files: tuple[Path, ...], key: Path, images: tuple[str, ...], as_json:
     from itertools import pairwise
 
     from replica.durable import FileSystem
-    from replica.receipt import MAX_RECEIPT_BYTES, check_chain, decode_public, parse
+    from replica.receipt import MAX_RECEIPT_BYTES, check_chain, parse
+    from replica.signing import decode_public
+    from replica.signing import verify as check_signature
 
     fs = FileSystem()
     public = decode_public(_read(fs, key, 16 << 10), str(key))
     found = []
     for path in files:
         signed = parse(_read(fs, path, MAX_RECEIPT_BYTES), str(path))
-        signed.verify(public)
+        check_signature(signed, public)
         beside = path.with_name(path.name + LINKS)
         found.append((signed, fs.read_bytes(beside, MAX_LINKS_BYTES) if fs.exists(beside) else b""))
     found.sort(key=lambda pair: pair[0].receipt.serial)

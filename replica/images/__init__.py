@@ -16,10 +16,6 @@ from replica.images.formats import FORMATS, create, format_of, open, probe
 from replica.images.image import Image, ImageFile, ImageWriter, ParentLink
 from replica.images.inspecting import ImageInfo, describe, image_info, read_through
 from replica.images.raw import RawImage
-from replica.images.vhd import VhdImage
-from replica.images.vhd_write import VhdWriter
-from replica.images.vhdx import VhdxImage
-from replica.images.vhdx_write import VhdxWriter
 
 __all__ = [
     "EXTENSIONS",
@@ -34,10 +30,6 @@ __all__ = [
     "ImageWriter",
     "ParentLink",
     "RawImage",
-    "VhdImage",
-    "VhdWriter",
-    "VhdxImage",
-    "VhdxWriter",
     "convert",
     "copy_disk",
     "create",

@@ -1,7 +1,8 @@
 """The formats: what opens and what makes an image, by the given format, else by the name.
 
 A format is one entry of `FORMATS`, and everything that names formats (the
-configuration, the command line, errors, `probe`) takes them from there.
+configuration, the command line, errors, `probe`) takes them from there. The
+modules of VHD and VHDX are imported when an image of theirs is met.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -21,10 +21,6 @@ from replica.images.flat import FlatFormat, FlatImage
 from replica.images.image import ImageWriter
 from replica.images.raw import RawImage
 from replica.images.source import Source, image_errors
-from replica.images.vhd import VhdImage
-from replica.images.vhd_write import VhdWriter
-from replica.images.vhdx import VhdxImage
-from replica.images.vhdx_write import VhdxWriter
 from replica.model import random_id
 
 Opener = Callable[[FileSystem, Path, Sequence[Path]], DiskImage]
@@ -49,17 +45,44 @@ def _flat(format: FlatFormat) -> Creator:
     return lambda fs, path, size_bytes, unique_id: FlatImage.create(fs, path, format, size_bytes, unique_id)
 
 
+def _open_vhd(fs: FileSystem, path: Path, parents: Sequence[Path]) -> DiskImage:
+    from replica.images.vhd import VhdImage
+
+    return VhdImage.open(fs, path, parents)
+
+
+def _open_vhdx(fs: FileSystem, path: Path, parents: Sequence[Path]) -> DiskImage:
+    from replica.images.vhdx import VhdxImage
+
+    return VhdxImage.open(fs, path, parents)
+
+
+def _dynamic_vhd(fs: FileSystem, path: Path, size_bytes: int, unique_id: UUID) -> ImageWriter:
+    from replica.images.vhd_write import VhdWriter
+
+    return VhdWriter.create(fs, path, size_bytes, unique_id)
+
+
+def _vhdx(*, fixed: bool) -> Creator:
+    def create(fs: FileSystem, path: Path, size_bytes: int, unique_id: UUID) -> ImageWriter:
+        from replica.images.vhdx_write import VhdxWriter
+
+        return VhdxWriter.create(fs, path, size_bytes, unique_id, fixed=fixed)
+
+    return create
+
+
 FORMATS: Final[dict[str, Format]] = {
     "raw": Format(RawImage.open, {"fixed": _flat("raw")}, (".raw", ".img")),
     "vhd": Format(
-        VhdImage.open,
-        {"dynamic": VhdWriter.create, "fixed": _flat("vhd")},
+        _open_vhd,
+        {"dynamic": _dynamic_vhd, "fixed": _flat("vhd")},
         (".vhd", ".avhd"),
         ((-512, b"conectix"), (-511, b"conectix"), (0, b"conectix")),
     ),
     "vhdx": Format(
-        VhdxImage.open,
-        {"dynamic": VhdxWriter.create, "fixed": partial(VhdxWriter.create, fixed=True)},
+        _open_vhdx,
+        {"dynamic": _vhdx(fixed=False), "fixed": _vhdx(fixed=True)},
         (".vhdx", ".avhdx"),
         ((0, b"vhdxfile"),),
     ),

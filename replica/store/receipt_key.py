@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from replica.durable import FileSystem
 from replica.errors import FormatError, KeyMissingError
-from replica.receipt import encode_public
+from replica.signing import encode_public
 from replica.store.layout import Layout, replica_directories
 
 KEY_NAME = "receipt.key"

@@ -35,7 +35,8 @@ import msgspec
 from replica.durable import FileSystem
 from replica.errors import FormatError, ReplicaError
 from replica.model import DIGEST_BYTES, DeltaId, Stamp, State
-from replica.receipt import MAX_RECEIPT_BYTES, NO_LINK, Receipt, SignedReceipt, key_id_of, parse, sign
+from replica.receipt import MAX_RECEIPT_BYTES, NO_LINK, Receipt, SignedReceipt, parse
+from replica.signing import key_id_of, sign
 from replica.store.layout import Layout
 from replica.store.receipt_key import ReceiptKey
 

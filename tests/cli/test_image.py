@@ -11,7 +11,8 @@ import pytest
 
 from replica.cli.app import run
 from replica.durable import FileSystem
-from replica.images import ParentLink, VhdWriter
+from replica.images import ParentLink
+from replica.images.vhd_write import VhdWriter
 
 MiB = 1 << 20
 

@@ -26,7 +26,8 @@ from replica.errors import (
 )
 from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
 from replica.model import DeltaId, DiskId, Epoch, ReplicaId, random_id
-from replica.receipt import check_shipped, decode_public, parse
+from replica.receipt import check_shipped, parse
+from replica.signing import decode_public, verify
 from replica.transport.wire import Adopt, Begin, Enrol, GrainQuery, ReplicaInfo, TreeQuery
 from tests.conformance.conftest import Both, Way
 from tests.store.small_primary import Made, SmallPrimary
@@ -371,7 +372,7 @@ def test_a_point_has_a_receipt_and_a_commit_is_answered_with_it(way: Way) -> Non
         assert data is not None
         assert receiver.receipt(primary.replica_id, point) == data == receiver.replica(primary.replica_id).receipt
         key = key or decode_public((way.storage / "receipt.pub").read_bytes(), "it")
-        parse(data).verify(key)
+        verify(parse(data), key)
         check_shipped(parse(data), made.result)
         assert [info.receipt for info in receiver.replicas()] == [None]
     with pytest.raises(PointGoneError):

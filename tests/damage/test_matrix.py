@@ -16,7 +16,7 @@ import pytest
 
 from replica.errors import DamageError, ReplicaError
 from replica.model import State
-from replica.receipt import decode_public
+from replica.signing import decode_public, verify
 from replica.store import damage
 from replica.store.marks import Marks
 from replica.store.receipt_key import KEY_NAME
@@ -268,7 +268,7 @@ def _check_receipts(lab: DamageLab) -> None:
         if files.word(info.state) in (ReceiptWord.SIGNED, ReceiptWord.PROVEN):
             signed = files.read(info.state.delta_id)
             assert signed.receipt.describes(info.state)
-            signed.verify(decode_public(public.read_bytes(), "it"))
+            verify(signed, decode_public(public.read_bytes(), "it"))
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from vhd_maker import Vhd, footer
 from replica import images
 from replica.durable import File, FileSystem
 from replica.errors import ImageError, SourceBusyError, StorageError, TargetExistsError
-from replica.images import ParentLink, VhdWriter
+from replica.images import ParentLink
 from replica.images.copying import windows
+from replica.images.vhd_write import VhdWriter
 
 FS = FileSystem()
 MiB = 1 << 20

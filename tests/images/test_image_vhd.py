@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from replica import images
 from replica.durable import File, FileSystem
 from replica.errors import ImageError
-from replica.images import VhdImage
 from replica.images.image import Image
+from replica.images.vhd import VhdImage
 
 
 def whole(image: Image) -> bytes:

@@ -14,6 +14,7 @@ from replica.durable import File, FileSystem
 from replica.errors import ImageError
 from replica.images.chain import MAX_DEPTH, candidates, permitted_folders
 from replica.images.image import Image
+from replica.images.vhd import VhdImage
 
 SIZE = 6 * 8192
 BASE = Vhd(SIZE, blocks={n: bytes([n + 1]) * 8192 for n in (0, 1, 3)}, unique_id=b"b" * 16)
@@ -245,7 +246,7 @@ def test_time_stamps_are_told_and_not_refused(tmp_path: Path) -> None:
     seconds = int(base.stat().st_mtime) - 946684800
     for stamp, remarks in [(0, 0), (seconds, 0), (1234, 0), (seconds - 5, 1)]:
         path = write(tmp_path / "child.vhd", replace(CHILD, parent_stamp=stamp))
-        with images.VhdImage.open(FileSystem(), path) as image:
+        with VhdImage.open(FileSystem(), path) as image:
             assert len(image.layers[0].remarks(image.layers[1])) == remarks
 
 

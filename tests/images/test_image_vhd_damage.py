@@ -12,7 +12,7 @@ from vhd_maker import Vhd, footer
 
 from replica.durable import FileSystem
 from replica.errors import ImageError
-from replica.images import VhdImage
+from replica.images.vhd import VhdImage
 
 GOOD = Vhd(10 * 8192, blocks={1: b"a" * 8192, 4: b"b" * 8192})
 

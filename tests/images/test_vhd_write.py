@@ -11,8 +11,10 @@ from vhd_maker import checksummed, naive_read
 from replica import images
 from replica.durable import FileSystem
 from replica.errors import ImageError
-from replica.images import ParentLink, VhdImage, VhdWriter
+from replica.images import ParentLink
+from replica.images.vhd import VhdImage
 from replica.images.vhd_format import DynamicHeader, Footer
+from replica.images.vhd_write import VhdWriter
 
 FS = FileSystem()
 ID, PARENT_ID = UUID(int=0x1234), UUID(int=0x5678)

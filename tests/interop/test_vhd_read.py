@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replica import images
-from replica.images import VhdImage
 from replica.images.image import Image
+from replica.images.vhd import VhdImage
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-utils is not installed"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from replica import images
 from replica.durable import FileSystem
-from replica.images import VhdImage, VhdWriter
+from replica.images.vhd import VhdImage
+from replica.images.vhd_write import VhdWriter
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-utils is not installed"

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from replica import images
 from replica.durable import FileSystem
-from replica.images import ParentLink, VhdxImage, VhdxWriter
+from replica.images import ParentLink
 from replica.images.image import Image
+from replica.images.vhdx import VhdxImage
+from replica.images.vhdx_write import VhdxWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "images"))
 from vhdx_interrupted import Interrupted, allocate, grow, state

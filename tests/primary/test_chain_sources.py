@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from replica.errors import ImageError, SourceBusyError
-from replica.images import ParentLink, VhdWriter, VhdxWriter
+from replica.images import ParentLink
+from replica.images.vhd_write import VhdWriter
+from replica.images.vhdx_write import VhdxWriter
 from replica.primary.cycle import Mode
 from replica.primary.spec import DiskSpec, MachineSpec
 from tests.primary.primary_lab import Lab, MiB

@@ -37,7 +37,8 @@ from replica.plan import Mode
 from replica.primary.cycle import sync_machine
 from replica.primary.record import MachineDirectory
 from replica.primary.retry import Stopped
-from replica.receipt import SignedReceipt, sign
+from replica.receipt import SignedReceipt
+from replica.signing import sign
 from replica.store import replica_directories
 from replica.store.receipts import ReceiptBook
 from replica.transport.wire import to_problem

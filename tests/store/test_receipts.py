@@ -10,7 +10,8 @@ import pytest
 from replica.durable import FileSystem
 from replica.errors import FormatError, KeyMissingError, ReplicaError, RootMismatchError, StorageError
 from replica.model import DeltaId
-from replica.receipt import NO_LINK, SignedReceipt, check_chain, check_shipped, decode_public, encode_public, parse
+from replica.receipt import NO_LINK, SignedReceipt, check_chain, check_shipped, parse
+from replica.signing import decode_public, encode_public, verify
 from replica.store import Layout, ReplicaReader, ReplicaStore
 from replica.store.receipt_key import ReceiptKey
 from replica.store.receipts import ReceiptFiles, ReceiptWord
@@ -30,7 +31,7 @@ def check_all(store: Path, count: int) -> list[SignedReceipt]:
     key = decode_public((store.parent / "receipt.pub").read_bytes(), "it")
     found = [files.read(state.delta_id) for state in states]
     for state, signed in zip(states, found, strict=True):
-        signed.verify(key)
+        verify(signed, key)
         check_shipped(signed, state)
         assert files.word(state) is ReceiptWord.SIGNED
     for older, newer in itertools.pairwise(found):
@@ -112,13 +113,13 @@ def test_one_bit_is_enough_to_be_refused(tmp_path: Path) -> None:
     signed = store.receipt
     assert signed is not None
     key = decode_public((tmp_path / "receipt.pub").read_bytes(), "it")
-    parse(signed.data).verify(key)
+    verify(parse(signed.data), key)
     for place in range(len(signed.data)):
         for bit in range(8):
             data = bytearray(signed.data)
             data[place] ^= 1 << bit
             with pytest.raises(FormatError):
-                parse(bytes(data)).verify(key)
+                verify(parse(bytes(data)), key)
     for data in (signed.data[:-1], signed.data + b"\n", b"", signed.data.replace(b'":', b'" :', 1)):
         with pytest.raises(FormatError):
             parse(data)
