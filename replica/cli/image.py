@@ -93,7 +93,7 @@ def check(path: Path, form: str | None, parents: tuple[Path, ...], as_json: bool
 @image.command(cls=Command)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--format", "form", metavar="FORMAT", required=True, help="Of DST: raw, vhd or vhdx.")
+@click.option("--format", "form", metavar="FORMAT", required=True, help="Of DST: raw, vhd, vhdx or nbd.")
 @click.option("--subformat", metavar="KIND", help="Of DST: dynamic or fixed; the format's usual one without it.")
 @click.option("--source-format", metavar="FORMAT", help="Of SRC; told by its name without it.")
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
@@ -113,6 +113,7 @@ def convert(
 
     What is zero stays a hole. DST gets its name when all of it is on stable
     storage, so whatever is called DST is whole. SRC must stand still meanwhile.
+    A block device (raw) or an NBD export (nbd) is overwritten in place, with --force.
 
     \b
     Examples:
