@@ -72,6 +72,8 @@ def location(text: str, folder: Path | None = None) -> Path:
     if not is_uri(text):
         return folder / text if folder is not None else Path(text)
     path = Path(text)
+    if re.match(r"nbds?:(/(?!/)|///)", text):
+        raise ImageError(f"image {text} names no host", hint=_FORMS)
     parse(path)
     collapsed = re.sub(r":/+", ":/", text, count=1)
     if collapsed.rstrip("/") != str(path).rstrip("/"):

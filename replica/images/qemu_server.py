@@ -106,8 +106,9 @@ class QemuServer:
             if Path(self.uri.socket).exists():
                 try:
                     return NbdConnection(self.uri)
-                except ImageError as error:
-                    if not isinstance(error.__cause__, ConnectionRefusedError):  # bound, and not listening yet
+                except ImageError as error:  # bound and not listening yet, or the image is none and it is about to end
+                    self._keeper.join(0 if isinstance(error.__cause__, ConnectionRefusedError) else 1)
+                    if self._keeper.is_alive() and not isinstance(error.__cause__, ConnectionRefusedError):
                         raise
             time.sleep(0.005)
         if self._process is not None:
