@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from replica import images
+from replica.cli.app import run
 from replica.durable import FileSystem
 from replica.errors import ImageError, TargetExistsError
 from replica.images import nbd_client
@@ -122,6 +124,19 @@ def test_convert_to_an_export(tmp_path: Path, disk: Path, server: tuple[object, 
     assert target.read_bytes() == disk.read_bytes() + bytes(3 * MiB - 512)
     if "--filter=nozero" not in server:
         assert target.stat().st_blocks * 512 < 8 * MiB
+
+
+def test_from_the_shell(tmp_path: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path, *NBDKIT, "memory", "size=64M") as (uri, _):
+        assert run(["image", "convert", str(disk), uri, "--format", "nbd"]) == 13
+        assert run(["image", "convert", str(disk), uri, "--format", "nbd", "--force"]) == 0
+        capsys.readouterr()
+        assert run(["image", "info", uri, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["size_bytes"] == 64 * MiB
+        assert run(["image", "check", uri]) == 0
+        assert run(["image", "convert", uri, str(tmp_path / "back.raw"), "--format", "raw"]) == 0
+        assert run(["image", "info", "nbd://localhost/a//b"]) == 4
+    assert (tmp_path / "back.raw").read_bytes()[:SIZE] == disk.read_bytes()
 
 
 def test_exports_that_cannot_be_targets(tmp_path: Path, disk: Path) -> None:
