@@ -219,12 +219,29 @@ def gone(pid: int) -> bool:
     return False
 
 
-HOLD = "import sys, time, pathlib; from replica import images; i = images.open(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"  # noqa: E501
+HOLD = """
+import pathlib, sys, time
+from replica import images
+from replica.images.qemu_server import QemuServer
+
+def wait(server):
+    while not pathlib.Path(server.uri.socket).exists():
+        time.sleep(0.01)
+    print(1, flush=True)
+    time.sleep(60)
+
+if sys.argv[2] == "before it has clients":
+    QemuServer._connect = wait
+image = images.open(pathlib.Path(sys.argv[1]))
+print(1, flush=True)
+time.sleep(60)
+"""
 
 
-def test_a_server_ends_with_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before it has clients", "while it has clients"])
+def test_a_server_ends_with_its_process(tmp_path: Path, when: str) -> None:
     qemu_img("create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", MiB)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a.qcow2")], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a.qcow2"), when], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"1\n"
     (server,) = servers_of(holder.pid)
