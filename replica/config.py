@@ -128,6 +128,7 @@ class DiskTable(msgspec.Struct, frozen=True):
     format: Text | None = None
     formerly: Text | None = None
     parents: tuple[Text, ...] = ()
+    offline: bool = False
 
 
 class MachineTable(msgspec.Struct, frozen=True):
@@ -414,9 +415,12 @@ def _machine(source: Source, table: MachineTable, place: toml.Place) -> MachineS
 
 def _own_images(source: Source, disks: tuple[DiskTable, ...], place: toml.Place) -> None:
     """Two disks with one image are a slip: one of them would be restored with the other's content."""
-    owners: dict[str, str] = {}
+    from replica.images import is_uri
+
+    owners: dict[Path, str] = {}
     for number, disk in enumerate(disks):
-        path = os.path.realpath(_path(source.path, disk.image))
+        path = _image(source, disk.image, (*place, number, "image"))
+        path = path if is_uri(path) else Path(os.path.realpath(path))
         if path in owners:
             what = f"disks {owners[path]!r} and {disk.name!r} have the same image, {path}"
             source.fail((*place, number, "image"), what, "each disk has an image of its own")
@@ -447,9 +451,21 @@ def _disk(source: Source, table: DiskTable, place: toml.Place) -> DiskSpec:
         source.fail((*place, "format"), what, f"known are: {', '.join(FORMATS)}")
     try:
         parents = tuple(_path(source.path, folder) for folder in table.parents)
-        return DiskSpec(table.name, _path(source.path, table.image), table.format, table.formerly, parents)
+        image = _image(source, table.image, (*place, "image"))
+        return DiskSpec(table.name, image, table.format, table.formerly, parents, table.offline)
     except ValueError as error:
         source.fail((*place, "name"), str(error))
+
+
+def _image(source: Source, text: str, place: toml.Place) -> Path:
+    """A path, or an NBD URI."""
+    from replica.errors import ImageError
+    from replica.images import location
+
+    try:
+        return location(text, source.path.absolute().parent)
+    except ImageError as error:
+        source.fail(place, error.message, error.hint)
 
 
 def _tls(path: Path, table: TlsTable) -> TlsFiles:

@@ -171,8 +171,10 @@ class File:
                 self._calls.close(fd)
 
     def size(self) -> int:
+        """Of a block device, too."""
         with _named("stat", self.path):
-            return self._calls.fstat(self._fd).st_size
+            info = self._calls.fstat(self._fd)
+            return self._calls.lseek(self._fd, 0, os.SEEK_END) if stat.S_ISBLK(info.st_mode) else info.st_size
 
     def has_name(self) -> bool:
         """Whether the file's path still names this very file; nobody else gets its inode while it is open."""
@@ -327,6 +329,12 @@ class FileSystem:
         """Open an existing file. Never waits, should it be a named pipe."""
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
         with _named("open", path):
+            return File(self._calls.open(path, flags), path, self._calls)
+
+    def claim(self, path: Path, *, write: bool = False) -> File:
+        """Open a block device exclusively (open(2): O_EXCL): EBUSY while it is mounted or otherwise claimed."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC
+        with _named("claim", path):
             return File(self._calls.open(path, flags), path, self._calls)
 
     def create(self, path: Path, *, private: bool = False) -> File:

@@ -160,9 +160,9 @@ def test_the_wrong_one_is_named(tmp_path: Path) -> None:
         ('image = "web-1.vhd"', "", 11, ["`image` is missing", "machine.disk"]),
         (
             'image = "web-1.vhd"',
-            'image = "a"\nformat = "qcow2"',
+            'image = "a"\nformat = "qcow9"',
             14,
-            ["machine.disk.format", "'qcow2' is not known; known are: raw, vhd"],
+            ["machine.disk.format", "'qcow9' is not known; known are: raw, vhd"],
         ),
         ('name = "os"', 'name = "os/1"', 12, ["'os/1'", "letters"]),
         ('name = "os"', 'name = "machine-files"', 12, ["reserved"]),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make sure the system has what `make install` and the tests need, as Debian and Ubuntu package it.
 #
-# Needed to build: a C linker and Rust 1.85 or newer. Needed by tests and demo: qemu-img and qemu-io,
+# Needed to build: a C linker and Rust 1.85 or newer. Needed by tests and demo: qemu-utils, nbdkit,
 # ext4 and partition tools, loop devices. With --bench also the peers that `make bench-full` measures.
 # As root, what is missing is installed with apt-get. Otherwise the exact command is printed: and what
 # the build needs ends the run, what only tests and benchmarks need does not.
@@ -44,7 +44,6 @@ if [ "${1:-}" = --bench ]; then
     has btrfs || tools+=(btrfs-progs)
     has zstd || tools+=(zstd)
     has nbdcopy || tools+=(libnbd-bin)
-    has nbdkit || tools+=(nbdkit)
     has rsync || tools+=(rsync)
     has stunnel || tools+=(stunnel4)
     has borg || tools+=(borgbackup)
@@ -52,7 +51,8 @@ if [ "${1:-}" = --bench ]; then
     has b3sum || tools+=(b3sum)
 fi
 has cc || build+=(gcc libc6-dev)
-has qemu-img && has qemu-io || tools+=(qemu-utils)
+has qemu-img && has qemu-io && has qemu-nbd || tools+=(qemu-utils)
+has nbdkit || tools+=(nbdkit)
 has mkfs.ext4 && has e2fsck && has debugfs || tools+=(e2fsprogs)
 has sfdisk || tools+=(fdisk)
 has losetup || tools+=(mount)

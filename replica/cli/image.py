@@ -20,6 +20,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FORMAT = "Of the image; told by its name without it."
 
 
+class ImageLocation(click.Path):
+    """A path, or an NBD URI."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from replica.images import location
+
+        return location(str(value))
+
+
 @click.group()
 def image() -> None:
     """Look at disk images, check them, convert them. None of it needs a configuration."""
@@ -37,7 +46,7 @@ def parents_option(function: F) -> F:
 
 
 @image.command(cls=Command)
-@click.argument("path", metavar="IMG", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IMG", type=ImageLocation())
 @click.option("--format", "form", metavar="FORMAT", help=_FORMAT)
 @parents_option
 @json_option
@@ -61,7 +70,7 @@ def info(path: Path, form: str | None, parents: tuple[Path, ...], as_json: bool)
 
 
 @image.command(cls=Command)
-@click.argument("path", metavar="IMG", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IMG", type=ImageLocation())
 @click.option("--format", "form", metavar="FORMAT", help=_FORMAT)
 @parents_option
 @json_option
@@ -91,9 +100,9 @@ def check(path: Path, form: str | None, parents: tuple[Path, ...], as_json: bool
 
 
 @image.command(cls=Command)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--format", "form", metavar="FORMAT", required=True, help="Of DST: raw, vhd or vhdx.")
+@click.argument("source", metavar="SRC", type=ImageLocation())
+@click.argument("target", metavar="DST", type=ImageLocation())
+@click.option("--format", "form", metavar="FORMAT", required=True, help="Of DST: raw, vhd, vhdx or nbd.")
 @click.option("--subformat", metavar="KIND", help="Of DST: dynamic or fixed; the format's usual one without it.")
 @click.option("--source-format", metavar="FORMAT", help="Of SRC; told by its name without it.")
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
@@ -113,6 +122,7 @@ def convert(
 
     What is zero stays a hole. DST gets its name when all of it is on stable
     storage, so whatever is called DST is whole. SRC must stand still meanwhile.
+    A block device (raw) or an NBD export (nbd) is overwritten in place, with --force.
 
     \b
     Examples:

@@ -15,6 +15,9 @@ from replica.images.flat import EXTENSIONS, FlatFormat, FlatImage
 from replica.images.formats import FORMATS, create, format_of, open, probe
 from replica.images.image import Image, ImageFile, ImageWriter, ParentLink
 from replica.images.inspecting import ImageInfo, describe, image_info, read_through
+from replica.images.nbd import NbdImage
+from replica.images.nbd_uri import is_uri, location
+from replica.images.qemu import QemuImage
 from replica.images.raw import RawImage
 
 __all__ = [
@@ -28,7 +31,9 @@ __all__ = [
     "ImageFile",
     "ImageInfo",
     "ImageWriter",
+    "NbdImage",
     "ParentLink",
+    "QemuImage",
     "RawImage",
     "convert",
     "copy_disk",
@@ -36,6 +41,8 @@ __all__ = [
     "describe",
     "format_of",
     "image_info",
+    "is_uri",
+    "location",
     "open",
     "probe",
     "read_through",

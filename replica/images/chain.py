@@ -12,7 +12,7 @@ files that the operator permitted and lead nowhere else:
 
 Tried are, in this order: each path as the child names it, from the child's
 folder; its last part, in the child's folder and in each permitted one (images
-that moved to another host keep their names).
+that moved to another host keep their names), unless nothing would show which one it is (`exact`).
 
     layers = open_chain(fs, path, open_layer)     # the image first, its last ancestor at the end
 """
@@ -47,6 +47,8 @@ class Parent(Generic[L]):
     """Paths as the image has them, the most telling first; of Windows (`..\\base.vhd`) or of a Unix."""
     misfit: Callable[[L], str]
     """What keeps a layer from being this parent (`has the id …, not …`); empty when it is the one."""
+    exact: bool = False
+    """Only at the paths that the child names: nothing would show that a file of that name elsewhere is the one."""
 
 
 class ChainLayer(Protocol):
@@ -94,12 +96,17 @@ def permitted_folders(path: Path, folders: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys((real.parent, own, *(Path(os.path.realpath(folder)) for folder in folders))))
 
 
-def candidates(child: Path, names: Sequence[str], permitted: Sequence[Path]) -> Iterator[Path]:
+def candidates(child: Path, names: Sequence[str], permitted: Sequence[Path], *, exact: bool = False) -> Iterator[Path]:
     """Where the parent may be: lexically inside what is permitted, each place once, the most likely first."""
     home = Path(os.path.realpath(child)).parent
-    paths = [name.replace("\\", "/") for name in names if name and "\0" not in name][:MAX_NAMES]
+    names = [name for name in names if name and "\0" not in name][:MAX_NAMES]
+    paths = names if exact else [name.replace("\\", "/") for name in names]
     tries = [home / path for path in paths]
-    tries += [folder / path.rstrip("/").rpartition("/")[2] for path in paths for folder in (home, *permitted)]
+    tries += (
+        []
+        if exact
+        else [folder / path.rstrip("/").rpartition("/")[2] for path in paths for folder in (home, *permitted)]
+    )
     for place in dict.fromkeys(Path(os.path.normpath(place)) for place in tries):
         if _inside(place, permitted) and _can_be(place):
             yield place
@@ -125,7 +132,7 @@ def _find(
     child = layers[-1].source.path
     known = {layer.source.file[1:] for layer in layers}
     problems: list[str] = []
-    for place in candidates(child, parent.names, permitted):
+    for place in candidates(child, parent.names, permitted, exact=parent.exact):
         real = Path(os.path.realpath(place))
         if not _inside(real, permitted) or not _is_file(fs, real):
             continue

@@ -16,9 +16,15 @@ from uuid import UUID
 
 from replica.durable import FileSystem
 from replica.errors import ImageError
+from replica.images.device import create_on_device
 from replica.images.facts import DiskImage
 from replica.images.flat import FlatFormat, FlatImage
 from replica.images.image import ImageWriter
+from replica.images.in_place import InPlaceWriter
+from replica.images.nbd import NbdImage
+from replica.images.nbd_uri import is_uri
+from replica.images.nbd_write import NbdTarget
+from replica.images.qemu import QemuImage
 from replica.images.raw import RawImage
 from replica.images.source import Source, image_errors
 from replica.model import random_id
@@ -33,7 +39,10 @@ Sign = tuple[int, bytes]
 
 @dataclass(frozen=True)
 class Format:
-    """One format. `create` has an entry per subformat, the usual one first; `signs` in the order of their weight."""
+    """One format. `create` has an entry per subformat, the usual one first; `signs` in the order of their weight.
+
+    Without an entry in `create` it is only read.
+    """
 
     open: Opener
     create: Mapping[str, Creator]
@@ -72,8 +81,16 @@ def _vhdx(*, fixed: bool) -> Creator:
     return create
 
 
+def _by_qemu(format: str) -> Opener:
+    return partial(QemuImage.open_as, format)
+
+
 FORMATS: Final[dict[str, Format]] = {
-    "raw": Format(RawImage.open, {"fixed": _flat("raw")}, (".raw", ".img")),
+    "raw": Format(
+        RawImage.open,
+        {"fixed": _flat("raw"), "device": lambda fs, path, size_bytes, _: create_on_device(fs, path, size_bytes)},
+        (".raw", ".img"),
+    ),
     "vhd": Format(
         _open_vhd,
         {"dynamic": _dynamic_vhd, "fixed": _flat("vhd")},
@@ -86,31 +103,33 @@ FORMATS: Final[dict[str, Format]] = {
         (".vhdx", ".avhdx"),
         ((0, b"vhdxfile"),),
     ),
+    "nbd": Format(
+        NbdImage.open, {"export": lambda _, path, size_bytes, __: InPlaceWriter(NbdTarget(path), size_bytes)}, ()
+    ),
+    "qcow2": Format(_by_qemu("qcow2"), {}, (".qcow2",), ((0, b"QFI\xfb"),)),
+    "vmdk": Format(_by_qemu("vmdk"), {}, (".vmdk",), ((0, b"KDMV"), (0, b"# Disk DescriptorFile"))),
+    "vdi": Format(_by_qemu("vdi"), {}, (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
+    "parallels": Format(_by_qemu("parallels"), {}, (".hds",), ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"))),
 }
 """The words of `format =`, and what they mean."""
 
 _EXTENSIONS = {extension: name for name, format in FORMATS.items() for extension in format.extensions}
-_CONVERT = 'convert it to a VHD ("qemu-img convert -O vpc -o force_size=on ...") while the machine is off'
-_UNSUPPORTED = dict.fromkeys((".qcow2", ".vmdk", ".vdi"), _CONVERT)
-_FOREIGN: Final[dict[str, tuple[Sign, ...]]] = {
-    "qcow2": ((0, b"QFI\xfb"),),
-    "vmdk": ((0, b"KDMV"), (0, b"# Disk DescriptorFile")),
-    "vdi": ((64, b"\x7f\x10\xda\xbe"),),
-}
-"""What `probe` knows besides `FORMATS`."""
+_WRITABLE = " or ".join(name for name, format in FORMATS.items() if format.create)
 _CHOICE = " or ".join(f'format = "{name}"' for name in FORMATS)
 
 
 def format_of(path: Path, format: str | None = None) -> str:
     """The format `path` is to be read in. ImageError if nothing says which.
 
-    The given format counts, else a block device is raw, else the extension
-    (in any case of letters) decides. The content is not looked at.
+    The given format counts, else a URI is NBD and a block device raw, else the
+    extension (in any case of letters) decides. The content is not looked at.
     """
     if format is not None:
         if format not in FORMATS:
             raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"set {_CHOICE}")
         return format
+    if is_uri(path):
+        return "nbd"
     with image_errors(path):
         if path.is_block_device():
             return "raw"
@@ -120,8 +139,6 @@ def format_of(path: Path, format: str | None = None) -> str:
     extension = path.suffix.lower()
     if extension in _EXTENSIONS:
         return _EXTENSIONS[extension]
-    if extension in _UNSUPPORTED:
-        raise ImageError(f"image {path}: {extension} images are not supported yet", hint=_UNSUPPORTED[extension])
     raise ImageError(f"image {path}: its name does not say its format", hint=f"set {_CHOICE} for this disk")
 
 
@@ -155,11 +172,17 @@ def create(
 ) -> ImageWriter:
     """A new image of zeros, to be filled; it must not exist, and is whole once it is synced.
 
+    One that is overwritten `in_place` must exist.
+
     ImageError for a format or subformat that is not known, or that has no disk of that size; StorageError.
     """
     if format not in FORMATS:
-        raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"choose {' or '.join(FORMATS)}")
+        raise ImageError(f"image {path}: the format {format!r} is not known", hint=f"choose {_WRITABLE}")
     creators = FORMATS[format].create
+    if not creators:
+        raise ImageError(f"image {path}: {format} images are only read", hint=f"choose {_WRITABLE}")
+    if subformat is None and format == "raw" and in_place(path, format):
+        subformat = "device"
     maker = creators.get(subformat or next(iter(creators)))
     if maker is None:
         raise ImageError(
@@ -168,14 +191,18 @@ def create(
     return maker(fs or FileSystem(), path, size_bytes, unique_id or random_id())
 
 
+def in_place(path: Path, format: str) -> bool:
+    """Whether an image made there overwrites what is there already: an NBD export, a block device."""
+    return format == "nbd" or (format == "raw" and path.is_block_device())
+
+
 def probe(path: Path, *, fs: FileSystem | None = None) -> str | None:
-    """What the content looks like, a name of `FORMATS` or another format's; None: nothing known, as a raw disk.
+    """What the content looks like, a name of `FORMATS`; None: nothing known, as a raw disk.
 
     Advisory: for people to read. Whoever wrote the content, a guest say, chose what it looks like, so it never
     decides how an image is read. None also where the file cannot be read.
     """
     signs = [(name, *sign) for name, format in FORMATS.items() for sign in format.signs]
-    signs += [(name, *sign) for name, entries in _FOREIGN.items() if name not in FORMATS for sign in entries]
     with suppress(ImageError):
         source = Source.open(fs or FileSystem(), path)
         try:

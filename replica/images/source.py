@@ -68,6 +68,9 @@ class Source:
                 file.close()
                 raise
 
+    def fileno(self) -> int:
+        return self._file.fileno()
+
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill all of `buffer`, or ImageError (also when the file ends before)."""
         wanted = memoryview(buffer).nbytes

@@ -205,7 +205,8 @@ def open_disk(fs: FileSystem, machine: MachineSpec, snapshot: Snapshot, disk: Di
         return FilesImage(fs, machine.files, running=isinstance(snapshot, Running))
     spec = next(spec for spec in machine.disks if spec.name == disk.name)
     path = snapshot.paths[disk.name]
-    image = images.open(path, images.format_of(spec.image, spec.format), fs=fs, parents=spec.parents)
+    format = "nbd" if images.is_uri(path) else images.format_of(spec.image, spec.format)
+    image = images.open(path, format, fs=fs, parents=spec.parents)
     try:
         snapshot.opened(disk.name, image.files)
         if image.size_bytes != disk.size_bytes:

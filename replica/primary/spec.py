@@ -29,6 +29,8 @@ class DiskSpec:
 
     `formerly`: what it was called before, where its name and its image's path changed at once (see `disks`).
     `parents`: folders, besides the image's own, that parents of a differencing image may lie in.
+    `offline`: nobody writes to it; believed where it cannot be shown, of block devices and NBD exports (`still`).
+    `image` may be an NBD URI, as `images.location` makes it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class DiskSpec:
     format: str | None = None
     formerly: str | None = None
     parents: tuple[Path, ...] = ()
+    offline: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name, "disk name")
@@ -84,7 +87,8 @@ class MachineSpec:
 
     @property
     def freezing(self) -> FreezeSpec:
-        return FreezeSpec(self.freeze, self.thaw, self.freeze_limit_seconds, self.consistency)
+        offline = frozenset(disk.name for disk in self.disks if disk.offline)
+        return FreezeSpec(self.freeze, self.thaw, self.freeze_limit_seconds, self.consistency, offline)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ A machine that is marked is thawed before anything else is done with it
 
 The commands find in their environment: REPLICA_MACHINE; REPLICA_DISKS, the
 number of disks; REPLICA_DISK_<n>_NAME and REPLICA_DISK_<n>_IMAGE with n from 0.
-`freeze` may print lines `disk-name=/path`: that disk is then read there (a
+`freeze` may print lines `disk-name=/path` (or an NBD URI): that disk is then read there (a
 snapshot it took), not at its image; `thaw` is the place to remove it.
 
 **Without**, see `still`.
@@ -44,6 +44,7 @@ from replica import documents
 from replica.durable import FileSystem
 from replica.errors import ConfigError, FormatError, FreezeError, SourceBusyError, StorageError
 from replica.images.image import ImageFile
+from replica.images.nbd_uri import is_uri, location
 from replica.model import Consistency
 from replica.tracking.guard import THAW_AGAIN_SECONDS, THAW_LIMIT_SECONDS, Answer, Guard
 from replica.tracking.still import StandStill, take_stamp
@@ -67,6 +68,8 @@ class FreezeSpec:
     thaw: Command | None = None
     limit_seconds: float = 30.0
     consistency: Consistency = Consistency.CRASH
+    offline: frozenset[str] = frozenset()
+    """Disks that are vouched for where nothing freezes and nothing can be proven (`still`)."""
 
     def __post_init__(self) -> None:
         for name, command in (("freeze", self.freeze), ("thaw", self.thaw)):
@@ -130,7 +133,7 @@ def freeze(fs: FileSystem, directory: Path, machine: str, images: Mapping[str, P
     Raises FreezeError (the command failed; the machine was thawed) or SourceBusyError (it does not stand still).
     """
     if spec.freeze is None:
-        return _StillSnapshot(fs, images)
+        return _StillSnapshot(fs, images, spec.offline)
     thaw_marked(fs, directory, spec, images)
     return _FrozenSnapshot(fs, directory, machine, images, spec)
 
@@ -187,9 +190,9 @@ class _StillSnapshot:
 
     consistency = Consistency.CRASH
 
-    def __init__(self, fs: FileSystem, images: Mapping[str, Path]) -> None:
+    def __init__(self, fs: FileSystem, images: Mapping[str, Path], offline: frozenset[str]) -> None:
         self.paths = dict(images)
-        self._proof = StandStill(fs, images)
+        self._proof = StandStill(fs, images, offline=offline)
         self.frozen_at_ns = time.time_ns()
 
     def dirty(self, disk: str) -> DirtyBitmap | None:
@@ -209,6 +212,7 @@ class _StillSnapshot:
 
     def __exit__(self, *_: object) -> None:
         """Nothing was frozen."""
+        self._proof.close()
 
 
 class Running:
@@ -376,11 +380,11 @@ def snapshot_paths(images: Mapping[str, Path], output: str) -> dict[str, Path]:
     for line in output.splitlines():
         name, equals, path = line.strip().partition("=")
         if equals and name in images:
-            if not path.startswith("/"):
+            if not path.startswith("/") and not is_uri(path):
                 raise FreezeError(
                     f"the freeze command names {path!r} for disk {name!r}", hint="print an absolute path: name=/path"
                 )
-            named[name] = Path(path)
+            named[name] = location(path)
         elif equals and path.startswith("/"):
             others.append(name)
     missed = [name for name in others if name.casefold() in folded] or ([] if named else others)

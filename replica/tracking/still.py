@@ -25,25 +25,35 @@ of them have been read by then. They are stamped late, and held to stamps that
 were settled before the image was opened: what was written since has younger ones.
 
 Writes through a shared memory mapping are stamped late, or not until they are
-synced; sources that are written so need a freeze. Block devices carry no
-stamps at all and are refused.
+synced; sources that are written so need a freeze.
+
+Block devices and NBD exports carry no stamps at all and are refused, unless the
+operator vouches for them (`offline = true`): snapshots, or disks of a machine that is
+off. A device is then claimed while it is read, so that nobody on this host mounts it.
 """
 
 from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from replica.durable import FileSystem
 from replica.errors import ImageError, SourceBusyError, StorageError
+from replica.images.device import claim
 from replica.images.image import ImageFile
+from replica.images.nbd_uri import is_uri
 
 SETTLED_NS = 20_000_000
 WAIT_SECONDS = 4.0
 _SECOND_NS, _CENTISECOND_NS = 1_000_000_000, 10_000_000
+_NO_STAMPS = (
+    "configure `freeze` and `thaw` commands for the machine, or `offline = true` for the disk "
+    "if nobody writes to it (a snapshot, or a disk of a machine that is off)"
+)
 _HINT = "stop what writes to it, or configure `freeze` and `thaw` commands for the machine"
 
 
@@ -72,7 +82,9 @@ class Stamp(NamedTuple):
 
 
 def take_stamp(fs: FileSystem, path: Path) -> Stamp:
-    """The file's stamp, from a fresh open. ImageError if it is not there, SourceBusyError if a device (no stamps)."""
+    """The file's stamp, from a fresh open. ImageError if it is not there, SourceBusyError if it has no stamps."""
+    if is_uri(path):
+        raise SourceBusyError(f"{path} is an NBD export: whether it stands still cannot be shown", hint=_NO_STAMPS)
     try:
         _check_kind(path, fs.stat(path).st_mode)  # opening a named pipe would wait for ever
         with fs.open(path) as file:
@@ -83,11 +95,15 @@ def take_stamp(fs: FileSystem, path: Path) -> Stamp:
     return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
+def _has_stamps(path: Path) -> bool:
+    return not is_uri(path) and not path.is_block_device()
+
+
 def _check_kind(path: Path, mode: int) -> None:
     if stat.S_ISBLK(mode):
         raise SourceBusyError(
             f"{path} is a block device: whether it stands still cannot be shown",
-            hint="configure `freeze` and `thaw` commands for the machine",
+            hint=_NO_STAMPS,
         )
     if not stat.S_ISREG(mode):
         raise ImageError(f"image {path} is neither a file nor a block device")
@@ -101,11 +117,18 @@ class StandStill:
         fs: FileSystem,
         paths: Mapping[str, Path],
         *,
+        offline: Container[str] = (),
         clock_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Wait up to four seconds for stamps to settle; SourceBusyError naming the image if they do not."""
+        """Wait up to four seconds for stamps to settle; SourceBusyError naming the image if they do not.
+
+        `offline`: disks that are vouched for, where their images have no stamps. To be closed if there are any.
+        """
+        self._claims = ExitStack()
+        self._vouched = {disk for disk, path in paths.items() if disk in offline and not _has_stamps(path)}
+        paths = {disk: path for disk, path in paths.items() if not self._is_vouched(fs, disk, path)}
         self._fs, self._clock_ns, self._monotonic_ns = fs, clock_ns, monotonic_ns
         wait_ns = int(WAIT_SECONDS * 1e9)
         deadline_ns = clock_ns() + wait_ns
@@ -114,7 +137,8 @@ class StandStill:
             self._stamps = {path: take_stamp(fs, path) for path in paths.values()}
             self._by_disk = {disk: (path, self._stamps[path]) for disk, path in paths.items()}
             now_ns = clock_ns()
-            path, settled_ns = max(((p, s.settled_at_ns) for p, s in self._stamps.items()), key=lambda item: item[1])
+            stamped = ((path, stamp.settled_at_ns) for path, stamp in self._stamps.items())
+            path, settled_ns = max(stamped, key=lambda item: item[1], default=(Path(), 0))
             if settled_ns <= now_ns:
                 self._begun_ns = now_ns
                 return
@@ -132,17 +156,32 @@ class StandStill:
 
         `files[1:]`, its parents, belong to the proof from now on.
         """
-        path, stamp = self._by_disk[disk]
-        if files[0][1:] != stamp[:2]:
-            raise SourceBusyError(f"image {path} was replaced while it was opened: no point was made", hint=_HINT)
+        image = files[0].path if files else None
+        if disk not in self._vouched:
+            path, stamp = self._by_disk[disk]
+            if files[0][1:] != stamp[:2]:
+                raise SourceBusyError(f"image {path} was replaced while it was opened: no point was made", hint=_HINT)
         for file in files[1:]:
+            if disk in self._vouched and not _has_stamps(file.path):
+                self._claims.enter_context(claim(self._fs, file.path))
+                continue
             stamp = take_stamp(self._fs, file.path)
             if file[1:] != stamp[:2] or stamp.settled_at_ns > self._begun_ns:
                 raise SourceBusyError(
-                    f"image {file.path}, a parent of {path}, was written or replaced just now: no point was made",
+                    f"image {file.path}, a parent of {image}, was written or replaced just now: no point was made",
                     hint=_HINT,
                 )
             self._stamps.setdefault(file.path, stamp)
+
+    def _is_vouched(self, fs: FileSystem, disk: str, path: Path) -> bool:
+        """Claim it, too, if it is a device."""
+        if disk in self._vouched and not is_uri(path):
+            self._claims.enter_context(claim(fs, path))
+        return disk in self._vouched
+
+    def close(self) -> None:
+        """Let go of devices. Idempotent."""
+        self._claims.close()
 
     def check(self) -> None:
         """Raise SourceBusyError naming the first image that changed since."""

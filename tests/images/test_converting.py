@@ -122,7 +122,8 @@ def test_a_source_that_moves(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "subformat", "match"),
     [
-        ("qcow2", None, "a.img: the format 'qcow2' is not known; choose raw or vhd"),
+        ("qcow9", None, "a.img: the format 'qcow9' is not known; choose raw or vhd or vhdx or nbd"),
+        ("vmdk", None, "a.img: vmdk images are only read; choose raw or vhd or vhdx or nbd"),
         ("raw", "dynamic", "a.img: raw has no subformat 'dynamic'; choose fixed"),
         ("vhd", "differencing", "a.img: vhd has no subformat 'differencing'; choose dynamic or fixed"),
         ("vhd", None, "a.img: 2190433320961 bytes do not fit a VHD"),
