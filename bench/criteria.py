@@ -1,7 +1,8 @@
 """What must hold of one run's figures: each criterion a ratio to a limit or a peer of the same run. Pure.
 
-`figures` is the document of `bench.cycle`. A number with a plus is stricter than what is asked for. A criterion whose
-peer was not there is not judged.
+`figures` is the document of `bench.cycle`. A number with a plus is stricter than what is asked for; one with a
+prime holds the peer to what we do: on stable storage, or read from the device. A criterion whose peer was not there is
+not judged.
 """
 
 from __future__ import annotations
@@ -88,11 +89,15 @@ def _wire(figures: dict[str, Any]) -> Iterator[Verdict]:
 
 
 def _others(figures: dict[str, Any]) -> Iterator[Verdict]:
+    cp, sync, restore, verify = (_get(figures, name) for name in ("cp", "sync_of_cp", "restore", "verify"))
+    durable = None if cp is None or sync is None else cp + sync
     for number, what, theirs, ours, limit in (
-        ("9a", "restore ÷ cp --sparse=always, speed", "cp", "restore", 0.8),
-        ("9b", "verify ÷ b3sum, speed", "b3sum", "verify", 0.7),
+        ("9a", "restore ÷ cp --sparse=always, speed", cp, restore, 0.8),
+        ("9a'", "the same, cp and its sync", durable, restore, 0.8),
+        ("9b", "verify ÷ b3sum, speed", _get(figures, "b3sum"), verify, 0.7),
+        ("9b'", "the same, b3sum from the device", _get(figures, "b3sum_cold"), verify, 0.7),
     ):
-        yield Verdict(number, what, _ratio(_get(figures, theirs), _get(figures, ours)), limit, at_least=True)
+        yield Verdict(number, what, _ratio(theirs, ours), limit, at_least=True)
     for letter, side in (("a", "sender"), ("b", "receiver")):
         peak = max((_peak(figures, scenario, side) for scenario in figures["scenarios"]), default=0)
         yield Verdict(f"10{letter}", f"peak memory, {side}, MiB", peak / 2**20 or None, MEMORY_BYTES / 2**20)

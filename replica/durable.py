@@ -22,9 +22,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -37,17 +38,21 @@ if TYPE_CHECKING:
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_SYNC_FILE_RANGE_WRITE = 0x02
+_FICLONE = 0x40049409
 _COPY_BYTES = 1 << 20
+_DIRECT_BYTES = 4096
+"""Direct I/O needs places, lengths and memory that are multiples of the device's blocks; those of nearly all are."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
-def _punch(fd: int, offset: int, length: int) -> None:
-    """fallocate(2): a hole inside the file's size."""
-    flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+def _checked(function: Callable[..., int], *arguments: int) -> None:
+    """Call a function of libc that answers 0, again where a signal came in between; OSError otherwise."""
     number = errno.EINTR
     while number == errno.EINTR:
-        if _libc.fallocate(fd, flags, offset, length) == 0:
+        if function(*arguments) == 0:
             return
         number = ctypes.get_errno()
     raise OSError(number, os.strerror(number))
@@ -90,13 +95,23 @@ class SystemCalls:
         os.ftruncate(fd, length)
 
     def punch(self, fd: int, offset: int, length: int) -> None:
-        _punch(fd, offset, length)
+        _checked(_libc.fallocate, fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
 
     def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
         os.posix_fadvise(fd, offset, length, advice)
+
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        _checked(_libc.sync_file_range, fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    def clone(self, source: int, target: int) -> None:
+        fcntl.ioctl(target, _FICLONE, source)
+
+    def set_direct(self, fd: int, direct: bool) -> None:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
 
     def flock(self, fd: int, how: int) -> None:
         fcntl.flock(fd, how)
@@ -139,12 +154,20 @@ def _named(action: str, path: Path) -> Iterator[None]:
         raise kind(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
+
+
 class File:
     """An open file. Positioned I/O only; complete or an error, never short."""
 
     def __init__(self, fd: int, path: Path, calls: SystemCalls = KERNEL) -> None:
         self._fd = fd
         self._calls = calls
+        self._from_device = self._direct = False
+        self._device_fd = -1
+        """For writing past the cache, if that was asked for and can be."""
+        self._writes_direct = False
         self.path = path
 
     def fileno(self) -> int:
@@ -165,6 +188,10 @@ class File:
         self.close()
 
     def close(self) -> None:
+        if self._device_fd >= 0:
+            fd, self._device_fd, self._writes_direct = self._device_fd, -1, False
+            with suppress(OSError):  # what was written there, `sync` has told
+                self._calls.close(fd)
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             with _named("close", self.path):
@@ -192,13 +219,72 @@ class File:
     def read_into(self, offset: int, buffer: Buffer) -> int:
         """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
         view = memoryview(buffer).cast("B")
-        done = 0
         with _named("read", self.path):
-            while done < len(view):
-                count = self._calls.preadv(self._fd, [view[done:]], offset + done)
-                if count == 0:
-                    break
-                done += count
+            return self._read_from_device(offset, view) if self._from_device else self._read_through_cache(offset, view)
+
+    def _read_through_cache(self, offset: int, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            count = self._calls.preadv(self._fd, [view[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def read_from_device(self) -> None:
+        """From now on `read_into` and `read` answer what the device has, and leave the kernel's cache as it is.
+
+        Where a file system has no direct I/O, or not in such blocks, each range is dropped from the cache instead
+        before it is read. What of a buffer lies behind the file's end may be overwritten. For a file that nobody reads
+        yet.
+        """
+        self._from_device = self._direct = True
+        try:
+            self._calls.set_direct(self._fd, True)
+        except OSError:
+            self._direct = False
+
+    def _read_from_device(self, offset: int, view: memoryview) -> int:
+        if self._direct:
+            try:
+                return self._read_direct(offset, view)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = False
+                self._calls.set_direct(self._fd, False)
+        self.drop_cache(offset, len(view))
+        return self._read_through_cache(offset, view)
+
+    def _read_direct(self, offset: int, view: memoryview) -> int:
+        """Whole blocks straight into the buffer where that is aligned, the rest through memory that is."""
+        done = 0
+        if offset % _DIRECT_BYTES == 0 and _address(view) % _DIRECT_BYTES == 0:
+            whole = len(view) // _DIRECT_BYTES * _DIRECT_BYTES
+            done = self._read_blocks(offset, view[:whole])
+            if done < whole:
+                return done
+        if done < len(view):
+            skipped = (offset + done) % _DIRECT_BYTES
+            around = memoryview(mmap.mmap(-1, -(-(skipped + len(view) - done) // _DIRECT_BYTES) * _DIRECT_BYTES))
+            count = self._read_blocks(offset + done - skipped, around) - skipped
+            count = max(0, min(count, len(view) - done))
+            view[done : done + count] = around[skipped : skipped + count]
+            done += count
+        return done
+
+    def _read_blocks(self, offset: int, view: memoryview) -> int:
+        """Read a buffer of whole blocks; fewer bytes only at the end of the file. OSError (EINVAL): no such blocks."""
+        done = 0
+        while done < len(view):
+            count = self._calls.preadv(self._fd, [view[done:]], offset + done)
+            done += count
+            if count == 0:
+                break
+            if done % _DIRECT_BYTES:
+                if offset + done < self._calls.fstat(self._fd).st_size:
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                break
         return done
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]], buffer: Buffer) -> None:
@@ -229,10 +315,34 @@ class File:
 
     def write(self, offset: int, data: Buffer) -> None:
         view = memoryview(data).cast("B")
-        done = 0
         with _named("write", self.path):
+            done = self._write_direct(offset, view) if self._writes_direct else 0
             while done < len(view):
                 done += self._calls.pwrite(self._fd, view[done:], offset + done)
+
+    def write_to_device(self) -> None:
+        """From now on `write` hands whole blocks of aligned memory to the device past the kernel's cache, if it can.
+
+        What is written is as durable as without: after a sync. For a file that has its name and that no other thread
+        has yet.
+        """
+        with suppress(OSError):
+            self._device_fd = self._calls.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._writes_direct = True
+
+    def _write_direct(self, offset: int, view: memoryview) -> int:
+        """Write what can be written so; how many bytes from the begin those are."""
+        if offset % _DIRECT_BYTES or view.readonly or _address(view) % _DIRECT_BYTES:
+            return 0
+        done, whole = 0, len(view) // _DIRECT_BYTES * _DIRECT_BYTES
+        try:
+            while done < whole and done % _DIRECT_BYTES == 0:
+                done += self._calls.pwrite(self._device_fd, view[done:whole], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._writes_direct = False
+        return done
 
     def write_ranges(self, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
         """Write `data` to the ranges (offset, length), one behind the other."""
@@ -287,9 +397,27 @@ class File:
     def start_writing(self, offset: int, length: int) -> None:
         """Ask the kernel to begin writing the range back, so that the sync that follows has less to wait for.
 
-        Promises nothing. Linux does so where cached pages are not needed: dirty ones stay until they are written.
+        Promises nothing, and what fails here the sync says.
         """
-        self.drop_cache(offset, length)
+        with suppress(OSError):
+            self._calls.start_writing(self._fd, offset, length)
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Ask the kernel to begin reading the range into its cache."""
+        with suppress(OSError):
+            self._calls.fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def clone_from(self, source: File) -> bool:
+        """Become a copy of `source` that shares its blocks; False where the file system cannot do that.
+
+        Whoever writes to either gets blocks of its own. `source` must not be written meanwhile for one to know what
+        the copy holds.
+        """
+        try:
+            self._calls.clone(source.fileno(), self._fd)
+        except OSError:
+            return False
+        return True
 
     def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         """Ask the kernel to forget cached pages (only clean ones go), so that a read comes from the device."""

@@ -93,6 +93,35 @@ def root_of(top: bytes, size_bytes: int, leaf_bytes: int) -> bytes:
     return blake3.blake3(body, derive_key_context=_ROOT_CONTEXT).digest()
 
 
+def leaf_windows(
+    ranges: Iterable[tuple[int, int]],
+    size_bytes: int,
+    leaf_bytes: int,
+    window_bytes: int,
+    *,
+    start: int = 0,
+    gap_bytes: int = 0,
+) -> Iterator[tuple[int, int]]:
+    """(offset, length) of windows of whole leaves that cover half-open ranges of bytes from `start` on, once. Lazy.
+
+    The ranges begin in ascending order and may overlap; `window_bytes` is a multiple of the leaf. What lies between two
+    of them is covered, too, where that is at most `gap_bytes`.
+    """
+    begin = end = start
+    for first, stop in ranges:
+        first, stop = first // leaf_bytes * leaf_bytes, min(-(-stop // leaf_bytes) * leaf_bytes, size_bytes)
+        if first > end + gap_bytes or begin == end:
+            if begin < end:
+                yield begin, end - begin
+            begin = end = max(first, end)
+        end = max(end, stop)
+        while end - begin > window_bytes:
+            yield begin, window_bytes
+            begin += window_bytes
+    if begin < end:
+        yield begin, end - begin
+
+
 def root_of_content(
     size_bytes: int,
     update: TreeUpdate,
@@ -104,15 +133,12 @@ def root_of_content(
 
     `update` is of an empty tree, which becomes the disk's if it writes.
     """
-    leaf_bytes, reached = update.leaf_bytes, 0
-    for start, stop in allocated:
-        begin = max(reached, start // leaf_bytes * leaf_bytes)
-        reached = max(reached, min(-(-stop // leaf_bytes) * leaf_bytes, size_bytes))
-        for offset in range(begin, reached, WINDOW_BYTES):
-            window = memoryview(bytearray(min(WINDOW_BYTES, reached - offset)))
-            read_into(offset, window)
-            update.put(offset // leaf_bytes, leaf_digests(window, offset // leaf_bytes, leaf_bytes))
-            progress(offset + len(window), size_bytes)
+    leaf_bytes = update.leaf_bytes
+    for offset, length in leaf_windows(allocated, size_bytes, leaf_bytes, WINDOW_BYTES):
+        window = memoryview(bytearray(length))
+        read_into(offset, window)
+        update.put(offset // leaf_bytes, leaf_digests(window, offset // leaf_bytes, leaf_bytes))
+        progress(offset + length, size_bytes)
     return update.root(size_bytes)
 
 

@@ -63,6 +63,7 @@ def test_verdicts() -> None:
         "btrfs": _entry(wall_seconds=1.3, wire_bytes=110.0, cpu_seconds=1.0),
     }
     single = {"pread": 0.9, "scan": 1.0, "segments": 2.0, "tls_openssl": 1.0}
+    single |= {"restore": 2.0, "cp": 1.5, "sync_of_cp": 0.3}
     found = {v.number: (v.passed, v.value) for v in judge({"scenarios": {"grains": grains}, "single": single})}
     assert found["1"] == (True, pytest.approx(0.9))
     assert found["3a"] == (True, pytest.approx(1 / 1.3))
@@ -70,4 +71,5 @@ def test_verdicts() -> None:
     assert found["7a"] == (False, pytest.approx(1.03))
     assert found["8"] == (False, pytest.approx(0.5))
     assert (found["10a"], found["10b"]) == ((True, 1.0), (False, 300.0))
-    assert found["3c"] == found["6a"] == found["9a"] == (None, None)
+    assert found["9a"] == (False, pytest.approx(0.75)) and found["9a'"] == (True, pytest.approx(0.9))
+    assert found["3c"] == found["6a"] == found["9b"] == found["9b'"] == (None, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import subprocess
 import sys
@@ -12,12 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from replica import durable
-from replica.durable import File, FileSystem
+from replica.durable import File, FileSystem, SystemCalls
 from replica.errors import BusyError, StorageError, StorageFullError, TargetExistsError
 
 PAGE = 4096
@@ -123,6 +126,110 @@ def test_zero_zeros_the_range_inside_the_size(
         assert file.size() == len(data)
         file.zero(len(data) + 5, 10)
         assert file.size() == len(data)
+
+
+class NoDirect(SystemCalls):
+    """A file system without direct I/O, or with larger blocks than are usual, which only the first read tells."""
+
+    def __init__(self, refuses: str) -> None:
+        self.refuses, self.direct, self.dropped = refuses, False, list[tuple[int, int]]()
+
+    def set_direct(self, fd: int, direct: bool) -> None:
+        if self.refuses == "flag":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.direct = direct
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        if self.direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().preadv(fd, buffers, offset)
+
+    def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        self.dropped.append((offset, length))
+
+
+@pytest.mark.parametrize("refuses", ["", "flag", "read"])
+@given(st.integers(0, 5 * PAGE), st.integers(0, 4 * PAGE), st.booleans(), st.integers(0, 600))
+def test_what_the_device_has_is_what_was_written(refuses: str, offset: int, length: int, whole: bool, at: int) -> None:
+    if whole:
+        offset, at = offset // PAGE * PAGE, 0
+    data, calls = os.urandom(4 * PAGE + 123), NoDirect(refuses) if refuses else SystemCalls()
+    memory = np.frombuffer(mmap.mmap(-1, 5 * PAGE), np.uint8)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "a"
+        path.write_bytes(data)
+        with FileSystem(calls).open(path) as file:
+            file.read_from_device()
+            for _ in range(2):
+                memory[:] = 0xA5
+                count = file.read_into(offset, memory[at : at + length].data)
+                assert count == len(data[offset : offset + length])
+                assert memory[at : at + count].tobytes() == data[offset : offset + length]
+                assert set(memory[:at]) | set(memory[at + length :]) <= {0xA5}
+    if isinstance(calls, NoDirect) and length:
+        assert set(calls.dropped) == {(offset, length)}
+
+
+def test_reading_from_the_device_leaves_the_cache_alone(fs: FileSystem, tmp_path: Path) -> None:
+    with fs.create(tmp_path / "a") as file, fs.open(tmp_path / "a") as other:
+        file.write(0, os.urandom(64 * PAGE))
+        file.sync()
+        file.drop_cache()
+        if cached(file):
+            pytest.skip("this file system keeps what it has in memory")
+        other.read_from_device()
+        assert other.read(0, 64 * PAGE) == other.read(0, 64 * PAGE)
+        assert not cached(file)
+        file.read(0, PAGE)
+        other.read(0, PAGE)
+        assert cached(file)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@given(st.integers(0, 3 * PAGE), st.integers(0, 4 * PAGE), st.booleans(), st.integers(0, 600))
+def test_what_is_written_to_the_device_is_there(refuses: bool, offset: int, length: int, whole: bool, at: int) -> None:
+    if whole:
+        offset, at = offset // PAGE * PAGE, 0
+    memory = np.frombuffer(mmap.mmap(-1, 5 * PAGE), np.uint8)
+    memory[:] = np.frombuffer(os.urandom(5 * PAGE), np.uint8)
+    direct: list[int] = []
+
+    class Blocks(SystemCalls):
+        def pwrite(self, fd: int, data: Any, offset: int) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                if refuses:
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                direct.append(len(data))
+            return super().pwrite(fd, data, offset)
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "a"
+        with FileSystem(Blocks()).create(path) as file:
+            file.truncate(7 * PAGE + 123)
+            file.write_to_device()
+            file.write(offset, memory[at : at + length].data)
+            file.write(7 * PAGE, b"end")
+            file.sync()
+        data = memory[at : at + length].tobytes()
+        assert path.read_bytes() == (bytes(offset) + data).ljust(7 * PAGE, b"\0") + b"end".ljust(123, b"\0")
+    assert sum(direct) in (0, length // PAGE * PAGE if not (refuses or offset % PAGE or at % PAGE) else 0)
+
+
+def cached(file: File) -> bool:
+    """mincore(2) of the first page; asking does not read it."""
+    with mmap.mmap(file.fileno(), PAGE) as mapped:
+        there = ctypes.create_string_buffer(1)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(PAGE), there) == 0
+        return bool(there.raw[0] & 1)
+
+
+def test_a_file_is_cloned_or_nothing_happens(fs: FileSystem, tmp_path: Path) -> None:
+    data = os.urandom(3 * PAGE)
+    with fs.create(tmp_path / "a") as source, fs.create(tmp_path / "b") as target:
+        source.write(0, data)
+        assert target.read(0, len(data) + 1) == (data if target.clone_from(source) else b"")
 
 
 def test_zero_gives_the_space_back(fs: FileSystem, tmp_path: Path) -> None:

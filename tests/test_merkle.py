@@ -22,6 +22,7 @@ from replica.merkle import (
     MerkleTree,
     Nodes,
     leaf_digests,
+    leaf_windows,
 )
 
 ZERO = bytes(32)
@@ -221,3 +222,35 @@ def test_stored_leaves_leave_out_zeros_only(make_nodes: Callable[[], Nodes], siz
     assert covered == sorted(set(covered))
     assert {i for i in [2, 5, 299, 70000] if i < size} <= set(covered) <= set(range(size))
     assert len(covered) <= 4 * 256
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.integers(1, 60)), max_size=8).map(sorted),
+    st.integers(150, 260),
+    st.integers(0, 20),
+    st.integers(0, 3),
+)
+def test_windows_cover_the_leaves_of_the_ranges_once(
+    runs: list[tuple[int, int]], size: int, start_leaf: int, gap_leaves: int
+) -> None:
+    """Leaves of 8 bytes, windows of 3, against sets of leaves."""
+    start = min(start_leaf * 8, size)
+    ranges = [(first, min(first + length, size)) for first, length in runs if first < size]
+    wanted = {leaf for first, stop in ranges for leaf in range(first // 8, -(-stop // 8)) if leaf >= start_leaf}
+    found = list(leaf_windows(ranges, size, 8, 24, start=start, gap_bytes=gap_leaves * 8))
+    reached, covered = start, set[int]()
+    for offset, length in found:
+        assert offset >= reached and offset % 8 == 0 and 0 < length <= 24
+        reached = offset + length
+        assert reached % 8 == 0 or reached == size
+        covered |= set(range(offset // 8, -(-reached // 8)))
+    assert wanted <= covered
+    bridged = {
+        leaf
+        for leaf in covered - wanted
+        if any(below in wanted for below in range(leaf - gap_leaves, leaf))
+        and any(above in wanted for above in range(leaf + 1, leaf + gap_leaves + 1))
+    }
+    assert covered - wanted - bridged <= set(range(start_leaf, start_leaf + gap_leaves))
+    if not gap_leaves:
+        assert covered == wanted

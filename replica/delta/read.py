@@ -101,6 +101,16 @@ def _by_chunk(run: Run) -> tuple[int, int, int]:
     return run.layer, run.number, run.payload_offset
 
 
+def _blank_between(runs: list[Run], target: npt.NDArray[np.uint8], offset: int) -> None:
+    """Zeros where no run is; `target` is the disk from `offset` on, the runs ascend."""
+    reached = offset
+    for run in runs:
+        if reached < run.start:
+            target[reached - offset : run.start - offset] = 0
+        reached = run.stop
+    target[reached - offset :] = 0
+
+
 def _place(layer: Layer, disk_id: DiskId) -> int | None:
     """The disk's index in the layer's disk table."""
     return next((i for i, change in enumerate(layer.disks) if change.disk_id == disk_id), None)
@@ -165,10 +175,10 @@ class ChainReader:
         disk = self._disk(disk_id, offset, offset + len(target))
         while True:
             layers = self._layers
-            target[:] = 0
             asked_head = False
             gone: list[Range] | None = None if missing is None else []
             runs = self._resolve(layers, disk, offset, offset + len(target), broken=gone is not None)
+            _blank_between(runs, target, offset)
             for run in sorted(runs, key=_by_chunk):
                 part = target.data[run.start - offset : run.stop - offset]
                 if run.layer == len(layers):
@@ -184,6 +194,7 @@ class ChainReader:
                 elif gone is None:
                     raise self._lost(disk, run)
                 else:
+                    part[:] = bytes(len(part))
                     gone.append((run.start, run.stop))
             if not asked_head or not self.grew(len(layers)):
                 if missing is not None:
@@ -336,6 +347,7 @@ class ChainReader:
             except DamageError:
                 if gone is None:
                     raise
+                target[done : done + length] = bytes(length)
                 gone.append((run.start + done, run.start + done + length))
             done += length
             index += 1

@@ -114,6 +114,33 @@ class FlatImage:
         self._check_ranges(ranges)
         self._file.read_ranges(ranges, buffer)
 
+    def read_from_device(self) -> None:
+        """See `File.read_from_device`."""
+        self._file.read_from_device()
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """See `File.read_ahead`."""
+        self._file.read_ahead(offset, length)
+
+    def write_to_device(self) -> None:
+        """See `File.write_to_device`."""
+        self._file.write_to_device()
+
+    def start_writing(self, offset: int, length: int) -> None:
+        """See `File.start_writing`."""
+        self._file.start_writing(offset, length)
+
+    def clone_from(self, source: FlatImage) -> bool:
+        """Hold what the file of `source` holds, sharing its blocks (`File.clone_from`); False: nothing is changed.
+
+        That is so where the formats differ or the file system cannot do it. `sync` sets size and footer right.
+        """
+        return source.format == self.format and self._file.clone_from(source._file)
+
+    def clear(self) -> None:
+        """All zeros, all hole again."""
+        self._lay_out()
+
     def write_ranges(self, ranges: Sequence[tuple[int, int]], data: Buffer) -> None:
         """Write `data` to the ranges (offset, length), ascending, one behind the other; ImageError past the end."""
         self._check_ranges(ranges)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 SAVE_SECONDS = 5.0
 """What a kill costs at most."""
+AHEAD_SECONDS = 0.5
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
@@ -35,6 +36,12 @@ class Pace:
         self.save = save
         self._clock, self._sleep = clock, sleep
         self._due = self._saved = clock()
+
+    def ahead(self, piece_bytes: int, most: int) -> int:
+        """How many pieces may be on their way at once: 1 to `most`, under a rate no more than a moment's worth."""
+        if self._rate is None:
+            return most
+        return max(1, min(most, int(self._rate * AHEAD_SECONDS / piece_bytes)))
 
     def take(self, count_bytes: int) -> None:
         """So many bytes were read. What was not used in the past is not made up for in one burst."""

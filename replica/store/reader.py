@@ -360,6 +360,22 @@ class PointReader:
                     missing += found or ()
                 return
 
+    def read_ahead(self, disk_id: DiskId, offset: int, length: int) -> None:
+        """Ask for what the head has there, so that a read of it that comes soon need not wait. Thread-safe."""
+        image = self._images.get(disk_id)
+        if image is not None and offset < image.size_bytes:
+            image.read_ahead(offset, min(length, image.size_bytes - offset))
+
+    def clone_into(self, disk_id: DiskId, image: FlatImage) -> bool:
+        """Let a new image share what the head's has, if that is this point as far as is known and the files can.
+
+        It may be something else all the same: a commit that comes meanwhile, or damage. Only its root tells.
+        """
+        of_head = self._images.get(disk_id)
+        if self.depth or of_head is None or of_head.size_bytes != image.size_bytes:
+            return False
+        return image.clone_from(of_head)
+
     def lost(self, disk_id: DiskId) -> list[tuple[int, int]]:
         """Half-open ranges of the disk's bytes that cannot be had at this point, ascending. Thread-safe.
 

@@ -14,24 +14,30 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-
-import numpy as np
 
 from replica.delta.ranges import Range, union
 from replica.durable import FileSystem
 from replica.errors import BusyError, DamageError, LostError, StorageError, TargetExistsError
 from replica.images.copying import write_nonzero
 from replica.images.flat import EXTENSIONS, FlatImage
-from replica.merkle import MemoryNodes, MerkleTree, leaf_digests
-from replica.model import Disk
+from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests, leaf_windows
+from replica.model import GRAIN_BYTES, Disk
+from replica.pipeline import Bytes, in_order
 from replica.progress import Progress, silent
 from replica.store.files import discard_files, prepare_files, publish_files, read_files
 from replica.store.layout import HeadFormat
 from replica.store.reader import PointReader
 
 WINDOW_BYTES = 4 << 20
+THREADS = 4
+"""More than there are cores where those are few: one that waits for a device lets the others hash."""
+GAP_BYTES = 64 << 10
+"""A hole up to that is read with what is around it."""
+Window = tuple[int, int]
+"""(offset, length)."""
 log = logging.getLogger(__name__)
 
 NAMED_RANGES = 8
@@ -42,7 +48,7 @@ _REPAIR_FIRST = (
 )
 TEMPORARY = re.compile(r"\.(files|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})\.[0-9a-f]{8}\.partial")
 """What a restore writes to before it gives names."""
-DEEP_WINDOW_BYTES = 32 << 20
+DEEP_WINDOW_BYTES = 16 << 20
 """Of a point behind inverses: each read opens every chunk it needs once, so a larger one opens fewer."""
 
 
@@ -121,7 +127,11 @@ def _write(
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
                 gone: list[Range] | None = None if missing is None else []
-                _write_disk(fs, point, disk, temporary, format, gone, _from(progress, done, total))
+                with FlatImage.create(fs, temporary, format, disk.size_bytes, disk.id) as image:
+                    copy = _DiskCopy(point, disk, image, _from(progress, done, total))
+                    if not copy.clone():
+                        copy.copy(gone)
+                    image.sync()
                 if missing is not None and gone:
                     missing[disk.name] = list(union(sorted(gone)))
             except DamageError as error:
@@ -175,34 +185,66 @@ def _from(progress: Progress, base: int, total: int) -> Progress:
     return lambda done, _size: progress(base + done, total)
 
 
-def _write_disk(
-    fs: FileSystem,
-    point: PointReader,
-    disk: Disk,
-    path: Path,
-    format: HeadFormat,
-    missing: list[Range] | None,
-    progress: Progress,
-) -> None:
-    tree = MerkleTree(MemoryNodes(), disk.leaf_bytes).update(write=False)
-    with FlatImage.create(fs, path, format, disk.size_bytes, disk.id) as image:
-        reached = 0
-        step = DEEP_WINDOW_BYTES if point.depth else WINDOW_BYTES
-        memory = np.empty(min(step, max(disk.size_bytes, 1)), dtype=np.uint8)
-        for start, stop in point.allocated(disk.id, 0, disk.size_bytes):
-            begin = max(reached, start // disk.leaf_bytes * disk.leaf_bytes)
-            end = min(-(-stop // disk.leaf_bytes) * disk.leaf_bytes, disk.size_bytes)
-            for offset in range(begin, end, step):
-                window = memory[: min(step, end - offset)]
-                point.read_into(disk.id, offset, window.data, missing=missing)
-                tree.put(
-                    offset // disk.leaf_bytes, leaf_digests(window.data, offset // disk.leaf_bytes, disk.leaf_bytes)
-                )
-                write_nonzero(image, offset, window, disk.grain_bytes)
-                progress(offset + len(window), disk.size_bytes)
-            reached = max(reached, end)
+class _DiskCopy:
+    """One disk on its way into a new image."""
+
+    def __init__(self, point: PointReader, disk: Disk, image: FlatImage, progress: Progress) -> None:
+        self._point, self._disk, self._image, self._progress = point, disk, image, progress
         expected = point.state.disk(disk.id)
         assert expected is not None
-        if not missing and tree.root(disk.size_bytes) != expected.root:
+        self._root = expected.root
+
+    def clone(self) -> bool:
+        """Share the head's blocks, and prove that it is the point by reading them where they are now."""
+        if not self._point.clone_into(self._disk.id, self._image):
+            return False
+        if self._run(self._hash_clone, self._image.allocated(0, self._disk.size_bytes), WINDOW_BYTES) == self._root:
+            return True
+        self._image.clear()
+        return False
+
+    def copy(self, missing: list[Range] | None) -> None:
+        """Read, hash and write window by window. DamageError if that is not the point, and nothing is in `missing`."""
+
+        def work(window: Window, memory: Bytes) -> Digests:
+            return self._copy(window, memory, missing)
+
+        self._image.write_to_device()
+        ranges = self._point.allocated(self._disk.id, 0, self._disk.size_bytes)
+        root = self._run(work, ranges, DEEP_WINDOW_BYTES if self._point.depth else WINDOW_BYTES)
+        if not missing and root != self._root:
             raise DamageError("what was read does not have the Merkle root that the point was committed with")
-        image.sync()
+
+    def _run(
+        self, work: Callable[[Window, Bytes], Digests], ranges: Iterator[tuple[int, int]], window_bytes: int
+    ) -> bytes:
+        """Do the work of every window; the root that its digests give."""
+        leaf, size = self._disk.leaf_bytes, self._disk.size_bytes
+        tree = MerkleTree(MemoryNodes(), leaf).update(write=False)
+        windows = leaf_windows(ranges, size, leaf, window_bytes, gap_bytes=GAP_BYTES)
+
+        def hashed(window: Window, memory: Bytes) -> tuple[Window, Digests]:
+            return window, work(window, memory)
+
+        with closing(in_order(hashed, windows, window_bytes, THREADS)) as results:
+            for (offset, length), digests in results:
+                tree.put(offset // leaf, digests)
+                self._progress(offset + length, size)
+        return tree.root(size)
+
+    def _hash_clone(self, window: Window, memory: Bytes) -> Digests:
+        offset, length = window
+        part = memory[:length]
+        self._image.read_ahead(offset, length)
+        self._image.read_into(offset, part.data)
+        return leaf_digests(part.data, offset // self._disk.leaf_bytes, self._disk.leaf_bytes)
+
+    def _copy(self, window: Window, memory: Bytes, missing: list[Range] | None) -> Digests:
+        offset, length = window
+        part = memory[:length]
+        self._point.read_ahead(self._disk.id, offset, length)
+        self._point.read_into(self._disk.id, offset, part.data, missing=missing)
+        digests = leaf_digests(part.data, offset // self._disk.leaf_bytes, self._disk.leaf_bytes)
+        write_nonzero(self._image, offset, part, max(self._disk.grain_bytes, GRAIN_BYTES))
+        self._image.start_writing(offset, length)
+        return digests

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -28,19 +28,25 @@ import numpy as np
 from replica.durable import File, FileSystem
 from replica.errors import BusyError
 from replica.images.flat import FlatImage
-from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests, root_of_content
+from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests, leaf_windows, root_of_content
 from replica.model import Disk, DiskState
+from replica.pipeline import Bytes, aligned, in_order
 from replica.progress import Progress, silent
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pace import Pace
 from replica.store.verdicts import DiskMark, Ranges, bounded, outside
 
 WINDOW_BYTES = 4 << 20
+THREADS = 4
+"""More than there are cores where those are few: one that waits for the device lets the others hash."""
+TREE_LEAVES = 4096
+"""That are looked at together."""
 SETTLE_TRIES = 100
 SETTLE_SECONDS = 0.1
 """A commit that is at work has the head's lock most of the time; these bridge the moments before and after."""
 
 
+Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Damaged = Callable[[Disk, Ranges], None]
 
 
@@ -117,6 +123,7 @@ class _Checker:
         disk = self._disk
         image = FlatImage.open(self._fs, self._layout.image(disk.id), self._head_format, size_bytes=disk.size_bytes)
         self._image = self._resources.enter_context(image)
+        self._image.read_from_device()  # that is what counts
         self._tree_file: File = self._fs.open(self._layout.tree(disk.id))
         self._resources.callback(self._tree_file.close)
         self._tree = MerkleTree(FileNodes(self._tree_file), disk.leaf_bytes)
@@ -131,19 +138,17 @@ class _Checker:
         self, mark: DiskMark, pace: Pace, note: Callable[[DiskMark], None], progress: Callable[[int], None]
     ) -> DiskMark:
         disk, leaf = self._disk, self._disk.leaf_bytes
-        self._image.drop_cache()  # what counts is what the device gives back
-        for offset, length in self._windows(mark.position):
-            first = offset // leaf
-            suspects = (first + self.differing(offset, length)).tolist()
-            end = offset + length
-            found = outside(mark.found, mark.position, end)
-            found += self._confirm(suspects) if suspects else []
-            mark = msgspec.structs.replace(
-                mark, position=end, checked_bytes=mark.checked_bytes + length, found=bounded(found)
-            )
-            note(mark)
-            progress(end)
-            pace.take(length)
+        with closing(self._compared(mark.position, pace.ahead(WINDOW_BYTES, THREADS))) as compared:
+            for offset, length, differing in compared:
+                end = offset + length
+                found = outside(mark.found, mark.position, end)
+                found += self._confirm((offset // leaf + differing).tolist()) if len(differing) else []
+                mark = msgspec.structs.replace(
+                    mark, position=end, checked_bytes=mark.checked_bytes + length, found=bounded(found)
+                )
+                note(mark)
+                progress(end)
+                pace.take(length)
         found = outside(
             mark.found, mark.position, disk.size_bytes
         )  # what is behind it is zero in image and tree by now
@@ -155,17 +160,25 @@ class _Checker:
         progress(disk.size_bytes)
         return mark
 
-    def _windows(self, reached: int) -> Iterator[tuple[int, int]]:
-        """What is to be read from `reached` on; found out anew when there are other files."""
+    def _compared(self, reached: int, threads: int) -> Generator[tuple[int, int, Indices]]:
+        """What is to be read from `reached` on, and which leaves of it differ; anew when there are other files."""
+
+        def compare(window: tuple[int, int], memory: Bytes) -> tuple[int, int, Indices]:
+            offset, length = window
+            return offset, length, self._differing(offset, memory[:length])
+
+        disk = self._disk
         while True:
             tree = self._tree
-            for offset, length in _windows(self._disk, self._ranges(reached), reached):
-                reached = offset + length
-                yield offset, length
-                if self._tree is not tree:
-                    break
-            else:
-                return
+            windows = leaf_windows(self._ranges(reached), disk.size_bytes, disk.leaf_bytes, WINDOW_BYTES, start=reached)
+            with closing(in_order(compare, windows, WINDOW_BYTES, threads)) as compared:
+                for offset, length, differing in compared:
+                    reached = offset + length
+                    yield offset, length, differing
+                    if self._tree is not tree:
+                        break  # what is under way was read from files that are nobody's any more
+                else:
+                    return
 
     def _ranges(self, start: int) -> Iterator[tuple[int, int]]:
         """Where image or tree are not zero, in bytes."""
@@ -174,14 +187,17 @@ class _Checker:
     def _tree_ranges(self) -> Iterator[tuple[int, int]]:
         leaf = self._disk.leaf_bytes
         for first, stop in self._tree.stored_leaves(self._disk.count_leaves):
-            yield first * leaf, min(stop * leaf, self._disk.size_bytes)
+            for begin in range(first, stop, TREE_LEAVES):
+                digests = self._tree.leaves(begin, min(TREE_LEAVES, stop - begin))
+                edges = np.flatnonzero(np.diff(digests.view(np.uint64).any(axis=1), prepend=False, append=False))
+                for low, high in edges.reshape(-1, 2).tolist():
+                    yield (begin + low) * leaf, min((begin + high) * leaf, self._disk.size_bytes)
 
-    def differing(self, offset: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Indices, counted from the window's first leaf, of the leaves that are not what the tree says."""
+    def _differing(self, offset: int, buffer: Bytes) -> Indices:
+        """Read leaves into the buffer; which are not what the tree says, counted from the first. Thread-safe."""
         leaf = self._disk.leaf_bytes
-        buffer = memoryview(bytearray(length))
-        self._image.read_into(offset, buffer)
-        found = leaf_digests(buffer, offset // leaf, leaf)
+        self._image.read_into(offset, buffer.data)
+        found = leaf_digests(buffer.data, offset // leaf, leaf)
         stored = self._tree.leaves(offset // leaf, len(found))
         return np.flatnonzero((found != stored).any(axis=1))
 
@@ -189,6 +205,7 @@ class _Checker:
         """Look again while no commit can be in the way. BusyError if one was cut and nobody finishes it."""
         disk, leaf = self._disk, self._disk.leaf_bytes
         wrong: list[tuple[int, int]] = []
+        memory = aligned(leaf)
         with self._settled() as state:
             committed = state.head.disk(disk.id)
             if committed is None or committed.disk != disk:
@@ -196,7 +213,7 @@ class _Checker:
             for index in suspects:
                 offset = index * leaf
                 length = min(leaf, disk.size_bytes - offset)
-                if len(self.differing(offset, length)):
+                if len(self._differing(offset, memory[:length])):
                     wrong.append((offset, length))
             if wrong:
                 self._damaged(disk, bounded(wrong))  # before a commit may replace them, which takes the marks away
@@ -252,7 +269,6 @@ class _Checker:
             return
         if not (self._image.has_name() and self._tree_file.has_name()):
             self._open()
-            self._image.drop_cache()
 
     def _tree_fits(self, committed: DiskState) -> bool:
         """Whether the stored leaves and the stored root both give the committed root."""
@@ -260,20 +276,9 @@ class _Checker:
             return False
         update = MerkleTree(MemoryNodes(), self._disk.leaf_bytes).update(write=False)
         for first, stop in self._tree.stored_leaves(self._disk.count_leaves):
-            for begin in range(first, stop, 4096):
-                update.put(begin, self._tree.leaves(begin, min(4096, stop - begin)))
+            for begin in range(first, stop, TREE_LEAVES):
+                update.put(begin, self._tree.leaves(begin, min(TREE_LEAVES, stop - begin)))
         return update.root(self._disk.size_bytes) == committed.root
-
-
-def _windows(disk: Disk, ranges: Iterator[tuple[int, int]], reached: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of leaf-aligned windows that cover the ranges from `reached` on, each once."""
-    leaf = disk.leaf_bytes
-    for start, stop in ranges:
-        begin = max(reached, start // leaf * leaf)
-        end = min(-(-stop // leaf) * leaf, disk.size_bytes)
-        for offset in range(begin, end, WINDOW_BYTES):
-            yield offset, min(WINDOW_BYTES, end - offset)
-        reached = max(reached, end)
 
 
 def _merged(a: Iterator[tuple[int, int]], b: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

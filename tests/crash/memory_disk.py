@@ -368,6 +368,15 @@ class MemoryDisk(SystemCalls):
     def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:  # type: ignore[override]
         """Nothing is cached here."""
 
+    def start_writing(self, fd: int, offset: int, length: int) -> None:  # type: ignore[override]
+        """When unsynced writes reach the disk, here the explorer decides."""
+
+    def set_direct(self, fd: int, direct: bool) -> None:  # type: ignore[override]
+        raise _error(errno.EINVAL, fd)
+
+    def clone(self, source: int, target: int) -> None:  # type: ignore[override]
+        raise _error(errno.EOPNOTSUPP, target)
+
     def flock(self, fd: int, operation: int) -> None:  # type: ignore[override]
         with self._mutex:
             opened = self._open_files[fd]

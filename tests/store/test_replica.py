@@ -30,9 +30,10 @@ from replica.errors import (
     StorageFullError,
     TargetExistsError,
 )
+from replica.images.flat import FlatImage
 from replica.model import EMPTY_DELTA_ID, DeltaId, DiskId, Epoch, random_id
 from replica.store import Layout, Policy, ReplicaReader, ReplicaStore, StoreState, incoming, restore_point
-from replica.store.layout import load_state, save_state
+from replica.store.layout import HeadFormat, load_state, save_state
 from replica.store.marks import Marks
 from tests.store.small_primary import SmallPrimary
 
@@ -110,6 +111,58 @@ def test_restore_writes_images_and_refuses_to_overwrite(fs: FileSystem, tmp_path
         with pytest.raises(TargetExistsError):
             restore_point(fs, point, tmp_path / "out", "raw")
     assert fs.list_names(tmp_path / "out") == ["data.raw", "os.raw"]
+
+
+class Sharing(SystemCalls):
+    """A file system that clones; `spoil` bytes of what it made are another's by the time it is read."""
+
+    def __init__(self, spoil: int) -> None:
+        self.spoil, self.made = spoil, 0
+
+    def clone(self, source: int, target: int) -> None:
+        self.made += 1
+        os.ftruncate(target, 0)
+        os.pwrite(target, os.pread(source, os.fstat(source).st_size, 0), 0)
+        os.pwrite(target, bytes(self.spoil), 1000)
+
+
+@pytest.mark.parametrize("spoil", [0, 100])
+@pytest.mark.parametrize("head_format", ["raw", "vhd"])
+def test_what_is_shared_with_the_head_is_proven_or_written(tmp_path: Path, head_format: HeadFormat, spoil: int) -> None:
+    primary, calls = SmallPrimary(SIZES), Sharing(spoil)
+    other: HeadFormat = "vhd" if head_format == "raw" else "raw"
+    store = primary.enrol(FileSystem(), tmp_path / "s", head_format)
+    for _ in range(2):
+        primary.scribble()
+        primary.sync(store)
+    reader = ReplicaReader(FileSystem(calls), store.directory)
+    for number, form, clones in ((2, head_format, 2), (2, other, 2), (1, "raw", 2)):
+        with reader.open_point(number) as point:
+            paths = restore_point(FileSystem(calls), point, tmp_path / f"{number}-{form}", form)
+            for disk in point.disks:
+                with FlatImage.open(FileSystem(), paths[disk.name], form, size_bytes=disk.size_bytes) as image:
+                    content = bytearray(disk.size_bytes)
+                    image.read_into(0, content)
+                    assert image.layout_problem() is None and content == primary.copies[number][disk.name]
+        assert calls.made == clones
+
+
+def test_rot_is_no_more_shared_than_copied(tmp_path: Path) -> None:
+    primary = SmallPrimary(SIZES)
+    store = primary.enrol(FileSystem(), tmp_path / "s")
+    primary.scribble()
+    primary.sync(store)
+    image = Layout(store.directory).image(primary.ids["os"])
+    with image.open("r+b") as file:
+        file.seek(200_000)
+        file.write(bytes(100) if any(primary.content["os"][200_000:200_100]) else b"x" * 100)
+    calls = Sharing(0)
+    with (
+        ReplicaReader(FileSystem(calls), store.directory).open_point(1) as point,
+        pytest.raises(DamageError, match="Merkle root"),
+    ):
+        restore_point(FileSystem(calls), point, tmp_path / "out", "raw")
+    assert calls.made and not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_restore_left_goes_with_the_next(fs: FileSystem, tmp_path: Path) -> None:

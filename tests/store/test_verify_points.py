@@ -289,6 +289,11 @@ def test_a_pace_keeps_its_rate_and_saves() -> None:
     assert slept[0] == pytest.approx(before + 0.5)
 
 
+@pytest.mark.parametrize(("rate", "pieces"), [(None, 4), (1 << 40, 4), (6000, 3), (100, 1)])
+def test_under_a_rate_no_more_is_read_ahead_than_it_lets_in_a_moment(rate: float | None, pieces: int) -> None:
+    assert Pace(rate).ahead(1000, 4) == pieces
+
+
 def test_ranges_are_bounded_and_cover_what_they_did() -> None:
     ranges = [(n * 10, 5) for n in range(3 * MAX_RANGES)]
     found = bounded(ranges)
