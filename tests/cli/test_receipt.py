@@ -117,7 +117,7 @@ def test_an_interrupted_restore_leaves_nothing_and_says_that_it_begins_anew(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("replica.store.restore._write_disk", interrupted)
+    monkeypatch.setattr("replica.store.restore._DiskCopy", interrupted)
     for there in (False, True):
         if there:
             Path("out").mkdir()
