@@ -217,7 +217,8 @@ def _check_places(source: Source, sectors: Table, span: int, reserved: list[tupl
     if last + span > stop:
         raise damaged(source, f"a block at byte {last} reaches beyond the end of the file's data at {stop}")
     for begin, end in reserved:
-        before_end = int(np.searchsorted(starts, np.uint32(-(-end // SECTOR_BYTES))))
+        sector = min(-(-end // SECTOR_BYTES), NO_BLOCK)  # structures may lie where no table entry can point to
+        before_end = int(np.searchsorted(starts, np.uint32(sector)))
         nearest = int(starts[before_end - 1]) * SECTOR_BYTES if before_end else -span
         if nearest + span > begin:
             raise damaged(source, f"a block at byte {nearest} lies on the headers or the table")

@@ -20,7 +20,7 @@ was written, by the crash that left the log, is not valid and comes last: the
 sequence ends before it. An entry that is not valid and has a valid one behind it
 was damaged later; what it held is lost, and the file is refused.
 
-Every offset of the log is looked at once and every entry summed once, in pieces;
+Every offset of the log, but for holes of the file, is looked at once and every entry summed once, in pieces;
 entries that overlap, as no writer leaves them, are refused once they cost more
 than two passes. So time is linear in the log's length, and memory is bounded.
 """
@@ -152,7 +152,7 @@ class Log:
     def _entries(self) -> dict[int, Entry]:
         """Every valid entry by its offset."""
         entries = {}
-        for first in range(0, self._region.length // SECTOR, _PIECE_SECTORS):
+        for first in self._pieces():
             starts = self._source.read(self._region.offset + first * SECTOR, self._piece(first) * SECTOR)
             for place in range(0, len(starts), SECTOR):
                 if starts.startswith(b"loge", place):
@@ -162,6 +162,14 @@ class Log:
             if len(entries) > MAX_ENTRIES:
                 self._refuse(f"its log has more than {MAX_ENTRIES} entries")
         return entries
+
+    def _pieces(self) -> Iterator[int]:
+        """First sectors of the pieces that are not all hole: a log may be 4 GiB long and take no place."""
+        base, size, following = self._region.offset, _PIECE_SECTORS * SECTOR, 0
+        for start, stop in self._source.data_runs(base, base + self._region.length):
+            numbers = range(max(following, (start - base) // size), -(-(stop - base) // size))
+            yield from (number * _PIECE_SECTORS for number in numbers)
+            following = max(following, numbers.stop)
 
     def _piece(self, first: int) -> int:
         """How many sectors from `first` are read at once: to the end of the ring at most."""
