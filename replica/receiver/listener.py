@@ -104,8 +104,9 @@ class Listener:
     async def abort(self) -> None:
         """Cut every connection, also one whose peer does not take part in TLS's farewell."""
         for connection in self._through:
-            connection.transport.abort()
-            _cut(connection.socket)  # a TLS transport that was closed twice knows of no connection to abort
+            with suppress(AttributeError):  # CPython 3.11.2: a TLS transport that was closed twice raises it
+                connection.transport.abort()
+            _cut(connection.socket)  # such a one knows of no connection to abort in later versions, either
         for _ in range(ABORT_TURNS):  # the socket, its transport, TLS and the protocol above are told one by one
             if not self._through:
                 break
