@@ -5,8 +5,8 @@
 #   make test      every test            (PYTEST_ARGS="tests/test_merkle.py -x" for some of them)
 #   make explore   power cuts in random lives of a store, for SECONDS_TO_EXPLORE
 #   make lint      every static check
-#   make bench     what bounds the machine, the cycles, and peers that are installed: five minutes, results in .bench/
-#   make bench-full  the same at 4 GiB with every peer (as root it installs them): an hour
+#   make bench     what bounds the machine, the cycles, and peers that are installed: results in .bench/
+#   make bench-full  the same at 4 GiB with every peer (as root it installs them)
 #   make lock      renew requirements.lock from pyproject.toml
 #   make clean     remove what the above made
 

@@ -247,12 +247,14 @@ class File:
     def _read_from_device(self, offset: int, view: memoryview) -> int:
         if self._direct:
             try:
-                return self._read_direct(offset, view)
+                done = self._read_direct(offset, view)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._direct = False
                 self._calls.set_direct(self._fd, False)
+            if self._direct:  # else another thread found out meanwhile, and this may have come from the cache
+                return done
         self.drop_cache(offset, len(view))
         return self._read_through_cache(offset, view)
 

@@ -10,6 +10,7 @@ import os
 import pytest
 from hypothesis import settings
 
+from replica import pipeline
 from replica.durable import FileSystem
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -24,6 +25,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum(int(str(value)) for name, value in properties if name == "crash states")
     if count:
         terminalreporter.write_line(f"crash explorer: {count} states recovered from")
+
+
+@pytest.fixture(autouse=True)
+def used_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows are used again and again: what a reader leaves as it was there is never zeros by luck."""
+    fresh = pipeline.aligned
+
+    def used(size_bytes: int) -> pipeline.Bytes:
+        memory = fresh(size_bytes)
+        memory[:] = 0xA5
+        return memory
+
+    monkeypatch.setattr(pipeline, "aligned", used)
 
 
 @pytest.fixture
