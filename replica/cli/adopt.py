@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from replica.cli.bars import bars
-from replica.cli.command import Command, config_option, json_option
+from replica.cli.command import Command, config_option, json_option, parents_option
 from replica.cli.output import print_json, size
 
 
@@ -21,9 +21,10 @@ from replica.cli.output import print_json, size
     metavar="NAME=IMAGE",
     help="A disk, by its name at the primary, and the image (raw, VHD or VHDX) that holds an older state of it.",
 )
+@parents_option
 @config_option("receiver.toml")
 @json_option
-def adopt(machine: str, disks: tuple[str, ...], config: Path, as_json: bool) -> None:
+def adopt(machine: str, disks: tuple[str, ...], parents: tuple[Path, ...], config: Path, as_json: bool) -> None:
     """Make existing images the base of MACHINE's replica.
 
     An old copy, a restored backup: the replica must be enrolled (`replica
@@ -33,8 +34,9 @@ def adopt(machine: str, disks: tuple[str, ...], config: Path, as_json: bool) -> 
     are not given are copied whole, since a second adopt is refused.
 
     \b
-    Example:
+    Examples:
       replica adopt web-1 --disk os=/backup/os.vhd --disk data=/backup/data.raw -c receiver.toml
+      replica adopt web-1 --disk os=/snapshots/os.avhd --parents /bases -c receiver.toml
     """
     from replica.cli.replicas import find_replica
     from replica.config import load_receiver
@@ -52,7 +54,7 @@ def adopt(machine: str, disks: tuple[str, ...], config: Path, as_json: bool) -> 
     fs = FileSystem()
     reader = find_replica(fs, load_receiver(config), machine)
     with bars(as_json) as bar:
-        head = adopt_images(fs, reader.layout.root, images, bar(f"adopt {machine}"))
+        head = adopt_images(fs, reader.layout.root, images, bar(f"adopt {machine}"), parents=parents)
     sizes = {state.disk.name: state.disk.size_bytes for state in head.disks}
     if as_json:
         print_json({"machine": reader.identity.machine, "disks": sizes, "roots": head.roots})

@@ -68,3 +68,14 @@ def json_option(function: F) -> F:
     """`--json`, passed as `as_json`."""
     help_text = "Print one JSON document on standard output, and nothing else there."
     return click.option("--json", "as_json", is_flag=True, help=help_text)(function)
+
+
+def parents_option(function: F) -> F:
+    """`--parents DIR`, several times."""
+    return click.option(
+        "--parents",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="DIR",
+        help="A folder, besides the image's own, that parents of a differencing image may lie in. Repeatable.",
+    )(function)

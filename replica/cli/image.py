@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from replica.cli.bars import bars
-from replica.cli.command import Command, json_option
+from replica.cli.command import Command, json_option, parents_option
 from replica.cli.output import print_json, print_table, size
 
 if TYPE_CHECKING:
     from replica.images import ImageInfo
 
-F = TypeVar("F", bound=Callable[..., Any])
 _FORMAT = "Of the image; told by its name without it."
 
 
@@ -32,17 +30,6 @@ class ImageLocation(click.Path):
 @click.group()
 def image() -> None:
     """Look at disk images, check them, convert them. None of it needs a configuration."""
-
-
-def parents_option(function: F) -> F:
-    """`--parents DIR`, several times."""
-    return click.option(
-        "--parents",
-        type=click.Path(path_type=Path),
-        multiple=True,
-        metavar="DIR",
-        help="A folder, besides the image's own, that parents of a differencing image may lie in. Repeatable.",
-    )(function)
 
 
 @image.command(cls=Command)

@@ -254,6 +254,34 @@ class ChainReader:
             passed = ((run.start, run.stop) for run in runs if run.layer == len(layers))
             yield from union(answered, intersection(passed, of_head))
 
+    def changes(self, disk_id: DiskId, newer: State, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of [start, stop) in which the disk may differ from a newer state, in whole grains.
+
+        Ascending, joined. ValueError outside of the disk, or if no layer starts from that state; DamageError where a
+        segment does not open. The disk has the same grain in both, and its size is the smaller one.
+        """
+        disk = self._disk(disk_id, start, stop)
+        layers = self._layers
+        count = next((n for n, layer in enumerate(layers, 1) if layer.base == newer), None)
+        if count is None:
+            raise ValueError(f"state {newer.delta_id} is not on the way from {self.state.delta_id} to the head")
+        streams = [self._changed(index, layers[index], disk, start, stop) for index in range(count)]
+        yield from union(*streams)
+
+    def _changed(self, index: int, layer: Layer, disk: Disk, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What one layer has extents of."""
+        place, grain = _place(layer, disk.id), disk.grain_bytes
+        if place is None:
+            return
+        first, last = start // grain, -(-stop // grain)
+        for number in layer.overlapping(place, first, last):
+            extents = self._open(index, layer, number).table.extents
+            firsts = np.maximum(extents["first"].astype(np.int64), first)
+            lasts = np.minimum((extents["first"] + extents["count"]).astype(np.int64), last)
+            for low, high in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                if low < high:
+                    yield max(low * grain, start), min(high * grain, stop)
+
     def _disk(self, disk_id: DiskId, start: int, stop: int) -> Disk:
         found = self.state.disk(disk_id)
         if found is None or not 0 <= start <= stop <= found.disk.size_bytes:

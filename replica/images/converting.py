@@ -2,7 +2,8 @@
 
 The new file is written under a temporary name beside its place, synced, and only
 then given its name, durably. A conversion that fails removes what it wrote; one
-that is killed leaves a file `.<name>.<random>.partial`, and nothing under the name.
+that is killed leaves a file `.<name>.<random>.partial` and nothing under the name, and
+the next one to the same name removes it (`partial`).
 An NBD export or a block device has one place only and is overwritten there (`in_place`).
 """
 
@@ -18,7 +19,8 @@ from replica.errors import ImageError, SourceBusyError, StorageError, TargetExis
 from replica.images.copying import copy_disk
 from replica.images.device import claim
 from replica.images.formats import create, in_place
-from replica.images.image import Image
+from replica.images.image import Image, ImageWriter
+from replica.images.partial import hold, temporary_for
 from replica.progress import Progress, silent
 
 _STAND = "convert it while nothing writes to it: with the machine off, or from a snapshot"
@@ -70,21 +72,35 @@ def _write_new(
     progress: Progress,
 ) -> None:
     """Under a temporary name first."""
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.partial")
-    try:
+    temporary = temporary_for(target)
+    with ExitStack() as stack:
+        hold(fs, target.parent, stack, (target.name,))
         try:
-            writer = create(temporary, format, source.size_bytes, subformat=subformat, unique_id=unique_id, fs=fs)
-        except ImageError as error:
-            raise ImageError(error.message.replace(str(temporary), str(target)), hint=error.hint) from error
-        with writer:
-            copy_disk(source, writer, progress)
-            writer.sync()
-        _check_still(fs, source, before)
-        (fs.publish if force else fs.publish_new)(temporary, target)
-    except BaseException:
-        with suppress(StorageError):
-            fs.unlink(temporary)
-        raise
+            with _create(fs, temporary, target, format, source.size_bytes, subformat, unique_id) as writer:
+                copy_disk(source, writer, progress)
+                writer.sync()
+            _check_still(fs, source, before)
+            (fs.publish if force else fs.publish_new)(temporary, target)
+        except BaseException:
+            with suppress(StorageError):
+                fs.unlink(temporary)
+            raise
+
+
+def _create(
+    fs: FileSystem,
+    temporary: Path,
+    target: Path,
+    format: str,
+    size_bytes: int,
+    subformat: str | None,
+    unique_id: UUID | None,
+) -> ImageWriter:
+    """Errors name the target, and not the temporary file."""
+    try:
+        return create(temporary, format, size_bytes, subformat=subformat, unique_id=unique_id, fs=fs)
+    except ImageError as error:
+        raise ImageError(error.message.replace(str(temporary), str(target)), hint=error.hint) from error
 
 
 def _stamps(fs: FileSystem, source: Image) -> list[tuple[int, int]]:

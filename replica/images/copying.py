@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from replica import _native
-from replica.images.image import Image
+from replica.images.image import Image, ImageWriter
 from replica.model import GRAIN_BYTES
 from replica.progress import Progress, silent
 
@@ -87,9 +87,24 @@ def write_nonzero(target: Writable, offset: int, window: Bytes, grain_bytes: int
 
     Grains count from the window's begin, which should be a multiple of them.
     """
+    for start, stop in _nonzero(window, grain_bytes):
+        target.write(offset + start, window[start:stop].data)
+
+
+def write_all(target: ImageWriter, offset: int, window: Bytes, grain_bytes: int = GRAIN_BYTES) -> None:
+    """Write the window over whatever the target has there: the runs of grains that are zero as zeros, without data."""
+    reached = 0
+    for start, stop in (*_nonzero(window, grain_bytes), (len(window), len(window))):
+        if reached < start:
+            target.zero(offset + reached, start - reached)
+        if start < stop:
+            target.write(offset + start, window[start:stop].data)
+        reached = stop
+
+
+def _nonzero(window: Bytes, grain_bytes: int) -> list[tuple[int, int]]:
+    """The runs of grains that are not zero."""
     zero = np.empty(-(-len(window) // grain_bytes), dtype=np.uint8)
     _native.zeros(window.data, grain_bytes, zero)
-    edges = np.flatnonzero(np.diff(zero, prepend=1, append=1))
-    for first, last in edges.reshape(-1, 2).tolist():
-        stop = min(last * grain_bytes, len(window))
-        target.write(offset + first * grain_bytes, window[first * grain_bytes : stop].data)
+    edges = np.flatnonzero(np.diff(zero, prepend=1, append=1)).reshape(-1, 2) * grain_bytes
+    return [(start, min(stop, len(window))) for start, stop in edges.tolist()]

@@ -5,6 +5,7 @@ from any process at any time. `commit` is the protocol that both rely on.
 """
 
 from replica.store.adopt import adopt_images
+from replica.store.export import ExportedPoint, export_points
 from replica.store.files import read_files
 from replica.store.layout import HeadFormat, Identity, Layout, StoreState, replica_directories
 from replica.store.points import PointInfo
@@ -17,6 +18,7 @@ from replica.store.verify import DiskVerdict, verify_head
 
 __all__ = [
     "DiskVerdict",
+    "ExportedPoint",
     "HeadFormat",
     "Identity",
     "Layout",
@@ -28,6 +30,7 @@ __all__ = [
     "Rotated",
     "StoreState",
     "adopt_images",
+    "export_points",
     "machine_files",
     "read_files",
     "replica_directories",

@@ -18,7 +18,7 @@ left-overs that the next start removes (`head.remove_leftovers`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,8 +51,17 @@ from replica.store.replica import ReplicaStore
 WINDOW_BYTES = 4 << 20
 
 
-def adopt_images(fs: FileSystem, directory: Path, images: Mapping[str, Path], progress: Progress = silent) -> State:
+def adopt_images(
+    fs: FileSystem,
+    directory: Path,
+    images: Mapping[str, Path],
+    progress: Progress = silent,
+    *,
+    parents: Sequence[Path] = (),
+) -> State:
     """Make these images (disk name -> file) the head of the empty replica in `directory`; durable when this returns.
+
+    `parents`: folders, besides an image's own, that parents of differencing images may lie in.
 
     ConfigError for names that no machine's disks can have, BusyError if a receiver has the replica open,
     ConflictError if it is not empty, ImageError for an image that cannot be read; the replica is as it was then.
@@ -75,7 +84,7 @@ def adopt_images(fs: FileSystem, directory: Path, images: Mapping[str, Path], pr
             store.discard(store.receiving)
         layout = Layout(directory)
         remove_leftovers(fs, layout)
-        sources = {name: stack.enter_context(open_image(path, fs=fs)) for name, path in images.items()}
+        sources = {name: stack.enter_context(open_image(path, fs=fs, parents=parents)) for name, path in images.items()}
         total = sum(stop - start for image in sources.values() for start, stop in image.allocated(0, image.size_bytes))
         done = 0
 

@@ -44,15 +44,15 @@ def read_files(point: PointReader) -> dict[str, bytes]:
     return decode(bytes(data))
 
 
-def prepare_files(fs: FileSystem, files: dict[str, bytes], target: Path) -> Path | None:
+def prepare_files(fs: FileSystem, files: dict[str, bytes], target: Path, name: str = DIRECTORY) -> Path | None:
     """Write the files into a new directory in `target` under a temporary name; None if there are none.
 
-    Raises TargetExistsError if `target` has a `files` already, StorageError (nothing is left behind).
+    Raises TargetExistsError if `target` has that `name` already, StorageError (nothing is left behind).
     """
     if not files:
         return None
-    if fs.is_taken(target / DIRECTORY):
-        raise TargetExistsError(f"{target / DIRECTORY} already exists", hint="choose another directory or move it away")
+    if fs.is_taken(target / name):
+        raise TargetExistsError(f"{target / name} already exists", hint="choose another directory or move it away")
     temporary = target / f".{DIRECTORY}.{os.urandom(4).hex()}.partial"
     try:
         fs.make_directory(temporary, private=True)
@@ -69,10 +69,10 @@ def prepare_files(fs: FileSystem, files: dict[str, bytes], target: Path) -> Path
     return temporary
 
 
-def publish_files(fs: FileSystem, temporary: Path | None) -> None:
-    """Give the directory its name."""
+def publish_files(fs: FileSystem, temporary: Path | None, name: str = DIRECTORY) -> None:
+    """Give the directory its name, another one than usual for one of several points."""
     if temporary is not None:
-        fs.publish(temporary, temporary.parent / DIRECTORY)
+        fs.publish(temporary, temporary.parent / name)
 
 
 def discard_files(fs: FileSystem, temporary: Path | None) -> None:

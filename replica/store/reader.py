@@ -430,6 +430,18 @@ class PointReader:
                     break
             yield from ranges
 
+    def changes(self, disk_id: DiskId, newer: State, start: int, stop: int) -> list[tuple[int, int]]:
+        """Half-open ranges of [start, stop) in which the disk may differ from what it is in a newer state.
+
+        See `ChainReader.changes`. The newer state is a point between this one and the head.
+        """
+        while True:
+            chain = self._chain
+            try:
+                return list(chain.changes(disk_id, newer, start, stop))
+            except MovedError:
+                self._connect_again(chain)
+
     def _connect_again(self, seen: ChainReader) -> None:
         with self._mutex:
             if self._chain is not seen:

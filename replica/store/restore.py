@@ -1,4 +1,4 @@
-"""restore: write a point's disks as flat images, and prove that they are the point.
+"""restore: write a point's disks as images, and prove that they are the point.
 
 Each disk is written under a temporary name, its Merkle root computed from the
 very bytes that were written and compared with the point's, and synced; only
@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from threading import Lock
 
 from replica.delta.ranges import Range, union
 from replica.durable import FileSystem
-from replica.errors import BusyError, DamageError, LostError, StorageError, TargetExistsError
+from replica.errors import DamageError, LostError, StorageError, TargetExistsError
 from replica.images.copying import write_nonzero
-from replica.images.flat import EXTENSIONS, FlatImage
+from replica.images.exporting import ExportFormat
+from replica.images.flat import FlatImage
+from replica.images.image import ImageWriter
+from replica.images.partial import hold
 from replica.merkle import Digests, MemoryNodes, MerkleTree, leaf_digests, leaf_windows
 from replica.model import GRAIN_BYTES, Disk
 from replica.pipeline import Bytes, in_order
 from replica.progress import Progress, silent
 from replica.store.files import discard_files, prepare_files, publish_files, read_files
-from replica.store.layout import HeadFormat
 from replica.store.reader import PointReader
 
 WINDOW_BYTES = 4 << 20
@@ -46,8 +48,6 @@ _REPAIR_FIRST = (
     "some of it is only damaged in the head: sync the machine first, which repairs what its source still has; else "
     + _OTHER_POINT
 )
-TEMPORARY = re.compile(r"\.(files|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})\.[0-9a-f]{8}\.partial")
-"""What a restore writes to before it gives names."""
 DEEP_WINDOW_BYTES = 16 << 20
 """Of a point behind inverses: each read opens every chunk it needs once, so a larger one opens fewer."""
 
@@ -56,22 +56,26 @@ def restore_point(
     fs: FileSystem,
     point: PointReader,
     target: Path,
-    format: HeadFormat,
+    format: str,
     progress: Progress = silent,
     *,
+    subformat: str | None = None,
     missing: dict[str, list[Range]] | None = None,
 ) -> dict[str, Path]:
-    """Write every disk of the point to `<target>/<disk>.raw` or `.vhd`; returns disk name -> path.
+    """Write every disk of the point to `<target>/<disk>.<format>`; returns disk name -> path.
+
+    `format` and `subformat` as in `images.exporting`: raw, vhd (fixed, or dynamic), vhdx (dynamic, or fixed), qcow2.
 
     The machine's files, if the point has any, go to `<target>/files/`, each under its path at the primary.
 
-    Raises TargetExistsError (nothing is written), LostError (ranges of a disk are lost), DamageError (the point's
-    bytes are not what they were), StorageError, StorageFullError. With `missing`, what is lost or damaged does not
-    keep the rest: such ranges become zeros and are named there, by disk, half-open; such a disk is not held against
-    its root, and machine files that are damaged are left out.
+    Raises TargetExistsError (nothing is written), ImageError (no such format), LostError (ranges of a disk are lost),
+    DamageError (the point's bytes are not what they were), StorageError, StorageFullError. With `missing`, what is
+    lost or damaged does not keep the rest: such ranges become zeros and are named there, by disk, half-open; such a
+    disk is not held against its root, and machine files that are damaged are left out.
     """
+    form = ExportFormat.of(format, subformat)
     disks = [state.disk for state in point.state.machine_disks]
-    paths = {disk.name: target / f"{disk.name}{EXTENSIONS[format]}" for disk in disks}
+    paths = {disk.name: target / f"{disk.name}{form.extension}" for disk in disks}
     made = not fs.is_directory(target)
     if made and fs.is_taken(target):
         raise TargetExistsError(f"{target} already exists and is no directory", hint="choose another one for --to")
@@ -83,8 +87,8 @@ def restore_point(
     try:
         fs.make_directory(target)
         with ExitStack() as stack:
-            _hold(fs, target, stack)
-            _write(fs, point, target, format, paths, missing, progress)
+            hold(fs, target, stack, (path.name for path in paths.values()))
+            _write(fs, point, target, form, paths, missing, progress)
     except BaseException:
         if made:
             with suppress(StorageError):
@@ -93,25 +97,11 @@ def restore_point(
     return paths
 
 
-def _hold(fs: FileSystem, target: Path, stack: ExitStack) -> None:
-    """Take our lock on the directory; if nobody else has one, first remove what restores that were killed left there.
-
-    A file system that knows no locks on directories keeps what they left.
-    """
-    with suppress(BusyError, StorageError), fs.lock_directory(target):
-        for name in filter(TEMPORARY.fullmatch, fs.list_names(target)):
-            path = target / name
-            log.info("removing %s, which a restore that was cut has left", path)
-            fs.remove_any(path)
-    with suppress(StorageError):
-        stack.enter_context(fs.lock_directory(target, shared=True, wait=True))
-
-
 def _write(
     fs: FileSystem,
     point: PointReader,
     target: Path,
-    format: HeadFormat,
+    form: ExportFormat,
     paths: dict[str, Path],
     missing: dict[str, list[Range]] | None,
     progress: Progress,
@@ -127,7 +117,7 @@ def _write(
             temporary = written[disk.name] = target / f".{disk.id}.{os.urandom(4).hex()}.partial"
             try:
                 gone: list[Range] | None = None if missing is None else []
-                with FlatImage.create(fs, temporary, format, disk.size_bytes, disk.id) as image:
+                with form.create(fs, temporary, disk) as image:
                     copy = _DiskCopy(point, disk, image, _from(progress, done, total))
                     if not copy.clone():
                         copy.copy(gone)
@@ -188,19 +178,30 @@ def _from(progress: Progress, base: int, total: int) -> Progress:
 class _DiskCopy:
     """One disk on its way into a new image."""
 
-    def __init__(self, point: PointReader, disk: Disk, image: FlatImage, progress: Progress) -> None:
+    def __init__(self, point: PointReader, disk: Disk, image: ImageWriter, progress: Progress) -> None:
         self._point, self._disk, self._image, self._progress = point, disk, image, progress
+        self._flat = image if isinstance(image, FlatImage) else None
+        self._writing = Lock()
         expected = point.state.disk(disk.id)
         assert expected is not None
         self._root = expected.root
 
     def clone(self) -> bool:
         """Share the head's blocks, and prove that it is the point by reading them where they are now."""
-        if not self._point.clone_into(self._disk.id, self._image):
+        image = self._flat
+        if image is None or not self._point.clone_into(self._disk.id, image):
             return False
-        if self._run(self._hash_clone, self._image.allocated(0, self._disk.size_bytes), WINDOW_BYTES) == self._root:
+
+        def work(window: Window, memory: Bytes) -> Digests:
+            offset, length = window
+            part = memory[:length]
+            image.read_ahead(offset, length)
+            image.read_into(offset, part.data)
+            return leaf_digests(part.data, offset // self._disk.leaf_bytes, self._disk.leaf_bytes)
+
+        if self._run(work, image.allocated(0, self._disk.size_bytes), WINDOW_BYTES) == self._root:
             return True
-        self._image.clear()
+        image.clear()
         return False
 
     def copy(self, missing: list[Range] | None) -> None:
@@ -209,7 +210,8 @@ class _DiskCopy:
         def work(window: Window, memory: Bytes) -> Digests:
             return self._copy(window, memory, missing)
 
-        self._image.write_to_device()
+        if self._flat is not None:
+            self._flat.write_to_device()
         ranges = self._point.allocated(self._disk.id, 0, self._disk.size_bytes)
         root = self._run(work, ranges, DEEP_WINDOW_BYTES if self._point.depth else WINDOW_BYTES)
         if not missing and root != self._root:
@@ -232,19 +234,17 @@ class _DiskCopy:
                 self._progress(offset + length, size)
         return tree.root(size)
 
-    def _hash_clone(self, window: Window, memory: Bytes) -> Digests:
-        offset, length = window
-        part = memory[:length]
-        self._image.read_ahead(offset, length)
-        self._image.read_into(offset, part.data)
-        return leaf_digests(part.data, offset // self._disk.leaf_bytes, self._disk.leaf_bytes)
-
     def _copy(self, window: Window, memory: Bytes, missing: list[Range] | None) -> Digests:
         offset, length = window
         part = memory[:length]
         self._point.read_ahead(self._disk.id, offset, length)
         self._point.read_into(self._disk.id, offset, part.data, missing=missing)
         digests = leaf_digests(part.data, offset // self._disk.leaf_bytes, self._disk.leaf_bytes)
-        write_nonzero(self._image, offset, part, max(self._disk.grain_bytes, GRAIN_BYTES))
-        self._image.start_writing(offset, length)
+        unit = max(self._disk.grain_bytes, GRAIN_BYTES)
+        if self._flat is not None:
+            write_nonzero(self._flat, offset, part, unit)
+            self._flat.start_writing(offset, length)
+        else:  # it lays out as it goes, in one thread at a time
+            with self._writing:
+                write_nonzero(self._image, offset, part, unit)
         return digests
