@@ -61,7 +61,7 @@ class ExportFormat:
         if subformat not in (None, *kinds):
             raise ImageError(f"{format} has no subformat {subformat!r}", hint=f"choose {' or '.join(kinds)}")
         if format == "qcow2":
-            from replica.images.qcow2 import require_qemu
+            from replica.images.qcow import require_qemu
 
             require_qemu()
         return cls(format, subformat or kinds[0])
@@ -74,7 +74,7 @@ class ExportFormat:
         """A new image for the disk. ImageError: the format has no disk of that size. StorageError."""
         fixed = self.subformat == "fixed"
         if self.format == "qcow2":
-            from replica.images.qcow2 import Qcow2Writer
+            from replica.images.qcow import Qcow2Writer
 
             return Qcow2Writer.create(fs, path, disk.size_bytes, disk.id)
         if self.format == "vhdx":
@@ -89,7 +89,7 @@ class ExportFormat:
 
     def create_child(self, fs: FileSystem, path: Path, disk: Disk, parent: Written) -> ImageWriter:
         """A new differencing image on top of what was written before."""
-        from replica.images.qcow2 import Qcow2Writer
+        from replica.images.qcow import Qcow2Writer
         from replica.images.vhd_write import VhdWriter
         from replica.images.vhdx_write import VhdxWriter
 
@@ -105,7 +105,7 @@ class ExportFormat:
 
     def name_parent(self, child: ImageWriter, name: str) -> None:
         """The parent gets its final name now: say so in the child, where that was not yet possible. ImageError."""
-        from replica.images.qcow2 import Qcow2Writer
+        from replica.images.qcow import Qcow2Writer
 
         if isinstance(child, Qcow2Writer):
             child.name_parent(name)

@@ -220,3 +220,16 @@ def test_reading_through_stops_at_what_cannot_be_read(tmp_path: Path) -> None:
         pytest.raises(ImageError, match="cannot read"),
     ):
         images.read_through(image)
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(source: Path, tmp_path: Path) -> None:
+    """Only of the same target, and not while somebody writes in that directory."""
+    left, other = tmp_path / ".a.raw.0123abcd.partial", tmp_path / ".b.raw.0123abcd.partial"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    with FS.lock_directory(tmp_path, shared=True):
+        convert(source, tmp_path / "a.raw")
+    assert left.exists()
+    convert(source, tmp_path / "a.raw", force=True)
+    assert not left.exists()
+    assert other.exists()
