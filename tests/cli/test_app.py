@@ -82,7 +82,7 @@ def test_help_of_a_command_shows_an_example(capsys: pytest.CaptureFixture[str], 
         (["serve"], "-c"),
         (["points", "-c", "x.toml"], "MACHINE"),
         (["restore", "m", "-c", "x", "--to", "y", "--point", "0"], "--point"),
-        (["restore", "m", "-c", "x", "--to", "y", "--format", "qcow2"], "qcow2"),
+        (["restore", "m", "-c", "x", "--to", "y", "--format", "vdi"], "vdi"),
     ],
 )
 def test_wrong_usage_is_one_line_and_2(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from replica.durable import FileSystem
 from replica.errors import ConfigError, ImageError
-from replica.images import ParentLink, VhdWriter
+from replica.images.image import ParentLink
+from replica.images.vhd_write import VhdWriter
 from replica.store import adopt_images
 from tests.store.small_primary import SmallPrimary
 
