@@ -2,7 +2,8 @@
 
 A format is one entry of `FORMATS`, and everything that names formats (the
 configuration, the command line, errors, `probe`) takes them from there. The
-modules of VHD and VHDX are imported when an image of theirs is met.
+modules of VHD, VHDX, NBD and of what qemu reads are imported when an image of
+theirs is met.
 """
 
 from __future__ import annotations
@@ -10,22 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 from replica.durable import FileSystem
 from replica.errors import ImageError
-from replica.images.device import create_on_device
 from replica.images.facts import DiskImage
 from replica.images.flat import FlatFormat, FlatImage
 from replica.images.image import ImageWriter
-from replica.images.in_place import InPlaceWriter
-from replica.images.nbd import NbdImage
 from replica.images.nbd_uri import is_uri
-from replica.images.nbd_write import NbdTarget
-from replica.images.qemu import QemuImage
 from replica.images.raw import RawImage
 from replica.images.source import Source, image_errors
 from replica.model import random_id
@@ -82,14 +77,38 @@ def _vhdx(*, fixed: bool) -> Creator:
     return create
 
 
+def _on_device(fs: FileSystem, path: Path, size_bytes: int, _: UUID) -> ImageWriter:
+    from replica.images.device import create_on_device
+
+    return create_on_device(fs, path, size_bytes)
+
+
+def _open_nbd(fs: FileSystem, path: Path, parents: Sequence[Path]) -> DiskImage:
+    from replica.images.nbd import NbdImage
+
+    return NbdImage.open(fs, path, parents)
+
+
+def _nbd_export(_: FileSystem, path: Path, size_bytes: int, __: UUID) -> ImageWriter:
+    from replica.images.in_place import InPlaceWriter
+    from replica.images.nbd_write import NbdTarget
+
+    return InPlaceWriter(NbdTarget(path), size_bytes)
+
+
 def _by_qemu(format: str) -> Opener:
-    return partial(QemuImage.open_as, format)
+    def open(fs: FileSystem, path: Path, parents: Sequence[Path]) -> DiskImage:
+        from replica.images.qemu import QemuImage
+
+        return QemuImage.open_as(format, fs, path, parents)
+
+    return open
 
 
 FORMATS: Final[dict[str, Format]] = {
     "raw": Format(
         RawImage.open,
-        {"fixed": _flat("raw"), "device": lambda fs, path, size_bytes, _: create_on_device(fs, path, size_bytes)},
+        {"fixed": _flat("raw"), "device": _on_device},
         (".raw", ".img"),
     ),
     "vhd": Format(
@@ -104,9 +123,7 @@ FORMATS: Final[dict[str, Format]] = {
         (".vhdx", ".avhdx"),
         ((0, b"vhdxfile"),),
     ),
-    "nbd": Format(
-        NbdImage.open, {"export": lambda _, path, size_bytes, __: InPlaceWriter(NbdTarget(path), size_bytes)}, ()
-    ),
+    "nbd": Format(_open_nbd, {"export": _nbd_export}, ()),
     "qcow2": Format(_by_qemu("qcow2"), {}, (".qcow2",), ((0, b"QFI\xfb"),)),
     "vmdk": Format(_by_qemu("vmdk"), {}, (".vmdk",), ((0, b"KDMV"), (0, b"# Disk DescriptorFile"))),
     "vdi": Format(_by_qemu("vdi"), {}, (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
