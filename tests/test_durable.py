@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ PAGE = 4096
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What reaches the kernel of fsync, rename and unlink, in order, by file name."""
+def calls(tmp_path: Path) -> Iterator[list[str]]:
+    """What reaches the kernel of fsync, rename and unlink, in order, by file name. Ends before `tmp_path` is removed."""
     seen: list[str] = []
     real = {name: getattr(os, name) for name in ("fsync", "rename", "unlink")}
 
@@ -44,10 +45,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(f"unlink {path.name}")
         real["unlink"](path)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(os, "unlink", unlink)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "rename", rename)
+        patch.setattr(os, "unlink", unlink)
+        yield seen
 
 
 def fail(number: int) -> Any:
