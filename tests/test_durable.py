@@ -29,7 +29,7 @@ PAGE = 4096
 
 @pytest.fixture
 def calls(tmp_path: Path) -> Iterator[list[str]]:
-    """What reaches the kernel of fsync, rename and unlink, in order, by file name. Ends before `tmp_path` is removed."""
+    """What reaches the kernel of fsync, rename and unlink, in order, by name; until `tmp_path` is removed."""
     seen: list[str] = []
     real = {name: getattr(os, name) for name in ("fsync", "rename", "unlink")}
 

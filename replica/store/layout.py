@@ -20,6 +20,7 @@
       lock                    the one writer holds it
       damage.lock             held while `marks/damage` is changed
       head.lock               held exclusively while the head is being rewritten
+      commit.lock             held while a commit is at work, for readers that let it go first
 
 Files are named by the disk's id and not by its name, because a rename would
 otherwise have to be made atomic with a commit; the link by name is a
@@ -155,6 +156,10 @@ class Layout:
     @property
     def head_lock(self) -> Path:
         return self.root / "head.lock"
+
+    @property
+    def commit_lock(self) -> Path:
+        return self.root / "commit.lock"
 
     def image(self, disk_id: DiskId) -> Path:
         return self.head / f"{disk_id}.img"

@@ -22,18 +22,20 @@ _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
 
 class Pace:
-    """`bytes_per_second` None: as fast as it goes. `save` is called every few seconds, from `take`."""
+    """`bytes_per_second` None: as fast as it goes. From `take`, `save` is called every few seconds, `wait` each time."""
 
     def __init__(
         self,
         bytes_per_second: float | None = None,
         save: Callable[[], None] = lambda: None,
         *,
+        wait: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._rate = bytes_per_second
         self.save = save
+        self._wait = wait
         self._clock, self._sleep = clock, sleep
         self._due = self._saved = clock()
 
@@ -45,6 +47,7 @@ class Pace:
 
     def take(self, count_bytes: int) -> None:
         """So many bytes were read. What was not used in the past is not made up for in one burst."""
+        self._wait()
         now = self._clock()
         if self._rate is not None:
             self._due = max(self._due, now) + count_bytes / self._rate

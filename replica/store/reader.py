@@ -38,6 +38,7 @@ from replica.images.flat import FlatImage
 from replica.model import NEVER, DeltaId, Disk, DiskId, Epoch, State
 from replica.progress import Progress, silent
 from replica.store import damage, incoming
+from replica.store.courtesy import Courtesy
 from replica.store.damage import Marks
 from replica.store.layers import InverseLayer, LayerFiles, MovedError
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
@@ -301,6 +302,10 @@ class PointReader:
         except BaseException:
             self.close()
             raise
+
+    def courtesy(self) -> Courtesy:
+        """For whoever reads all of it: what lets short commits go first."""
+        return Courtesy(self._fs, self._layout)
 
     def _connect(self, links: tuple[Link, ...], serial: int) -> ChainReader:
         """Open what lies between the point and the head, as it was found with the state of that number.

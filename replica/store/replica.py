@@ -49,6 +49,7 @@ from replica.progress import Progress, silent
 from replica.receipt import SignedReceipt
 from replica.store import damage, incoming
 from replica.store.commit import Committer
+from replica.store.courtesy import going_first
 from replica.store.head import FileHead, remove_leftovers
 from replica.store.incoming import Incoming, discard_all, final_path, part_path
 from replica.store.layout import (
@@ -397,7 +398,8 @@ class ReplicaStore:
                 return
             incoming = self._open_incoming(delta_id)
             try:
-                incoming.finish(tail, tail_offset, self._keyring)
+                with going_first(self._fs, self._layout):
+                    incoming.finish(tail, tail_offset, self._keyring)
             except StorageError:
                 # After a failed sync its pages may be gone: the sender sends it anew, nothing is read back and trusted.
                 self._drop_incoming()
@@ -451,7 +453,7 @@ class ReplicaStore:
         try:
             if reserve_bytes:
                 self._check_space(delta_id, reserve_bytes)
-            with self._quiet:
+            with self._quiet, going_first(self._fs, self._layout):
                 return self._commit(delta_id, progress)
         finally:
             self._working.release()

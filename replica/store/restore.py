@@ -121,7 +121,7 @@ def _write(
                     copy = _DiskCopy(point, disk, image, _from(progress, done, total))
                     if not copy.clone():
                         copy.copy(gone)
-                    image.sync()
+                    copy.sync()
                 if missing is not None and gone:
                     missing[disk.name] = list(union(sorted(gone)))
             except DamageError as error:
@@ -182,6 +182,7 @@ class _DiskCopy:
         self._point, self._disk, self._image, self._progress = point, disk, image, progress
         self._flat = image if isinstance(image, FlatImage) else None
         self._writing = Lock()
+        self._courtesy = point.courtesy()
         expected = point.state.disk(disk.id)
         assert expected is not None
         self._root = expected.root
@@ -193,6 +194,7 @@ class _DiskCopy:
             return False
 
         def work(window: Window, memory: Bytes) -> Digests:
+            self._courtesy.wait()
             offset, length = window
             part = memory[:length]
             image.read_ahead(offset, length)
@@ -217,6 +219,11 @@ class _DiskCopy:
         if not missing and root != self._root:
             raise DamageError("what was read does not have the Merkle root that the point was committed with")
 
+    def sync(self) -> None:
+        """Make the image durable."""
+        self._courtesy.wait()
+        self._image.sync()
+
     def _run(
         self, work: Callable[[Window, Bytes], Digests], ranges: Iterator[tuple[int, int]], window_bytes: int
     ) -> bytes:
@@ -235,6 +242,7 @@ class _DiskCopy:
         return tree.root(size)
 
     def _copy(self, window: Window, memory: Bytes, missing: list[Range] | None) -> Digests:
+        self._courtesy.wait()
         offset, length = window
         part = memory[:length]
         self._point.read_ahead(self._disk.id, offset, length)

@@ -32,6 +32,7 @@ from replica.merkle import FileNodes, MemoryNodes, MerkleTree, leaf_digests, lea
 from replica.model import Disk, DiskState
 from replica.pipeline import Bytes, aligned, in_order
 from replica.progress import Progress, silent
+from replica.store.courtesy import Courtesy
 from replica.store.layout import HeadFormat, Layout, StoreState, load_state, read_identity
 from replica.store.pace import Pace
 from replica.store.verdicts import DiskMark, Ranges, bounded, outside
@@ -112,6 +113,7 @@ class _Checker:
         self._layout = layout
         self._disk = disk
         self._head_format: HeadFormat = head_format
+        self._courtesy = Courtesy(fs, layout)
         self._resources = ExitStack()
         try:
             self._open()
@@ -164,6 +166,7 @@ class _Checker:
         """What is to be read from `reached` on, and which leaves of it differ; anew when there are other files."""
 
         def compare(window: tuple[int, int], memory: Bytes) -> tuple[int, int, Indices]:
+            self._courtesy.wait()
             offset, length = window
             return offset, length, self._differing(offset, memory[:length])
 

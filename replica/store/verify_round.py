@@ -24,6 +24,7 @@ from replica.errors import BusyError, StorageError
 from replica.model import DamagedLeaves, DeltaId, Disk
 from replica.progress import Progress, silent
 from replica.store import damage
+from replica.store.courtesy import Courtesy
 from replica.store.layout import Layout
 from replica.store.pace import Pace
 from replica.store.points import Chain, PointIndex, PointInfo
@@ -94,7 +95,8 @@ class _Round:
     ) -> None:
         self._fs, self._layout, self._memory, self._progress = fs, layout, memory, progress
         self._keyring = Keyring(fs, layout.keys)
-        self._pace = Pace(rate, self._save)
+        self._courtesy = Courtesy(fs, layout)
+        self._pace = Pace(rate, self._save, wait=self._courtesy.wait)
         self._head = HeadRound(0)
         self._points: PointsRound | None = None
 

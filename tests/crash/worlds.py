@@ -195,7 +195,7 @@ class World:
             "marks": {"retention"},
         }
         allowed = {
-            "": {"head.lock", "pins.lock", "marks.lock", "damage.lock", "marks", "receipts"},
+            "": {"head.lock", "commit.lock", "pins.lock", "marks.lock", "damage.lock", "marks", "receipts"},
             "marks": {"damage"},
         }
         for name, names in expected.items():

@@ -23,6 +23,7 @@ import numpy.ma  # noqa: F401
 
 from replica import images
 from replica.errors import ImageError
+from replica.images import formats, vhd, vhdx  # noqa: F401 - imported at first use else, too
 from tests.fuzz.sparse import Case
 
 LIMIT_SECONDS, LIMIT_BYTES = 2.0, 100 << 20

@@ -152,7 +152,7 @@ def test_a_part_of_the_points(site: Site, fs: FileSystem, tmp_path: Path) -> Non
     assert by_us(points[1].files["data"], SIZES["data"]) == site.content(3, "data")
     with pytest.raises(PointGoneError, match="no such points"):
         export_points(fs, site.reader, tmp_path / "none", form, last=9)
-    with pytest.raises(TargetExistsError, match="os-2.vhdx already exists"):
+    with pytest.raises(TargetExistsError, match=r"(os|data)-2.vhdx already exists"):
         export_points(fs, site.reader, tmp_path / "out", form, first=2)
 
 
