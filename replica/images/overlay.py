@@ -11,13 +11,17 @@ answer for, and in the field `whole` whether it surely answers for all of it. So
 `allocated` costs no I/O on the images but questions for holes, and a read costs
 what it reads, and the bitmaps in its way.
 
-The work and memory of each call are bounded by its range; nothing is kept.
+Whose bytes a range's are is a `_Map`. Who reads on from where the last one ends
+gets one that reaches ahead, because finding out costs as much for one window as
+for many. The work and memory of each call are bounded by its range and that
+reach; the last map is all that is kept.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -37,6 +41,9 @@ ZEROS: Final = -1
 _BLOCKS_PER_STEP: Final = 1 << 16
 _READ_OVER_BYTES: Final = 64 << 10
 """A gap that costs less to read than to leave out."""
+_AHEAD_BYTES: Final = 64 << 20
+_AHEAD_BLOCKS: Final = 256
+"""How far a map reaches ahead, whichever is less."""
 
 
 class Layer(Protocol):
@@ -89,38 +96,74 @@ def clip(rows: Extents, start: int, stop: int) -> Extents:
     return rows
 
 
+class _Part(NamedTuple):
+    """What is read from one file (None: zeros), in rows as `EXTENT` has them, column by column."""
+
+    source: Source | None
+    starts: list[int]
+    stops: list[int]
+    places: list[int]
+
+    @classmethod
+    def of(cls, source: Source | None, rows: Extents) -> Self:
+        return cls(source, rows["start"].tolist(), rows["stop"].tolist(), rows["place"].tolist())
+
+
+class _Map(NamedTuple):
+    """Where the bytes [start, stop) of the disk are: parts to be filled in this order, later over earlier ones."""
+
+    start: int
+    stop: int
+    parts: Sequence[_Part]
+
+
 class Overlay:
     """Layers, the top first, as one disk. Thread-safe if they are."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = tuple(layers)
-        self._step = _BLOCKS_PER_STEP * min(layer.block_bytes for layer in layers)
+        block = min(layer.block_bytes for layer in layers)
+        self._step = _BLOCKS_PER_STEP * block
+        self._ahead = min(_AHEAD_BYTES, _AHEAD_BLOCKS * block)
+        self._known = _Map(0, 0, ())
 
     def read_into(self, offset: int, target: Bytes) -> None:
         """Fill `target` from the disk; the caller has checked the range."""
-        stop, left = offset + len(target), len(target)
-        missing = make_extents([offset], [stop], [ZEROS])
+        stop = offset + len(target)
+        for source, starts, stops, places in self._map(offset, stop).parts:
+            for index in range(bisect_right(stops, offset), bisect_left(starts, stop)):
+                begin, place = starts[index], places[index]
+                skipped = max(offset - begin, 0)
+                part = target[begin + skipped - offset : stops[index] - offset]
+                if source is None or place == ZEROS:
+                    part[:] = 0
+                else:
+                    source.read_into(place + skipped, part.data)
+
+    def _map(self, start: int, stop: int) -> _Map:
+        """One that holds [start, stop)."""
+        known = self._known
+        if known.start <= start and stop <= known.stop:
+            return known
+        if known.start <= start <= known.stop + self._ahead:
+            stop = max(stop, min(start + self._ahead, self._layers[0].size_bytes))
+        self._known = known = _Map(start, stop, list(self._parts(start, stop)))
+        return known
+
+    def _parts(self, start: int, stop: int) -> Iterator[_Part]:
+        missing = make_extents([start], [stop], [ZEROS])
         for layer in self._layers:
             if layer.size_bytes < stop:
-                _fill_zeros(target, offset, clip(missing, layer.size_bytes, stop))
-                missing, stop = clip(missing, offset, layer.size_bytes), layer.size_bytes
-                left = int((missing["stop"] - missing["start"]).sum())
-            if not left:
+                yield _Part.of(None, clip(missing, layer.size_bytes, stop))
+                missing, stop = clip(missing, start, layer.size_bytes), layer.size_bytes
+            if not len(missing):
                 return
             found = layer.extents(int(missing["start"][0]), int(missing["stop"][-1]))
             if len(missing) > 1:
                 found = _intersection(found, missing)
-            for begin, end, place, _ in _reads(found, missing).tolist():
-                part = target[begin - offset : end - offset]
-                if place == ZEROS:
-                    part[:] = 0
-                else:
-                    layer.source.read_into(place, part.data)
-            left -= int((found["stop"] - found["start"]).sum())
-            if not left:
-                return
+            yield _Part.of(layer.source, _reads(found, missing))
             missing = _difference(missing, found)
-        _fill_zeros(target, offset, missing)
+        yield _Part.of(None, missing)
 
     def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges that may hold anything but zeros and are no holes of a file. Ascending; may touch."""
@@ -149,11 +192,6 @@ class Overlay:
             if end > reached:
                 yield max(begin, reached), end
                 reached = end
-
-
-def _fill_zeros(target: Bytes, offset: int, rows: Extents) -> None:
-    for start, stop, _, _ in rows.tolist():
-        target[start - offset : stop - offset] = 0
 
 
 def _data(rows: Extents, cursor: DataCursor) -> Iterator[tuple[int, int]]:

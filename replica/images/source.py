@@ -13,10 +13,12 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from replica.durable import File, FileSystem
 from replica.errors import ImageError, StorageError
@@ -25,6 +27,8 @@ from replica.model import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    Grid = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
 _BLKSSZGET = 0x1268
 """ioctl of <linux/fs.h>: the logical sector size of a block device, as a C int."""
@@ -74,13 +78,27 @@ class Source:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill all of `buffer`, or ImageError (also when the file ends before)."""
         wanted = memoryview(buffer).nbytes
-        with image_errors(self.path):
+        try:
             count = self._file.read_into(offset, buffer)
+        except StorageError as error:
+            raise _image_error(self.path, error) from error
         if count != wanted:
-            raise ImageError(
-                f"image {self.path} ends at byte {offset + count}, {wanted} bytes at {offset} were to be read",
-                hint="it was cut short; put back a whole copy of it",
-            )
+            raise self._cut_short(offset + count, offset, wanted)
+
+    def read_each(self, offsets: Sequence[int], length: int) -> Grid:
+        """`length` bytes at each offset, a row for each; ImageError as above. The caller has bounded both."""
+        rows = np.empty((len(offsets), length), dtype=np.uint8)
+        try:
+            count = self._file.read_each(offsets, length, rows.reshape(-1).data)
+        except StorageError as error:
+            raise _image_error(self.path, error) from error
+        if count != len(offsets):
+            raise self._cut_short(self._file.size(), offsets[count], length)
+        return rows
+
+    def _cut_short(self, end: int, offset: int, length: int) -> ImageError:
+        problem = f"image {self.path} ends at byte {end}, {length} bytes at {offset} were to be read"
+        return ImageError(problem, hint="it was cut short; put back a whole copy of it")
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes. The caller has bounded `length`."""
@@ -149,9 +167,12 @@ def image_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, StorageError) as error:
-        cause = error.__cause__ if isinstance(error, StorageError) else error
-        if isinstance(cause, FileNotFoundError):
-            hint = "put it back, or correct the path in the configuration"
-            raise ImageError(f"image {path} is not there", hint=hint) from error
-        what = cause.strerror or cause if isinstance(cause, OSError) else error
-        raise ImageError(f"cannot read image {path}: {what}") from error
+        raise _image_error(path, error) from error
+
+
+def _image_error(path: Path, error: OSError | StorageError) -> ImageError:
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    if isinstance(cause, FileNotFoundError):
+        return ImageError(f"image {path} is not there", hint="put it back, or correct the path in the configuration")
+    what = cause.strerror or cause if isinstance(cause, OSError) else error
+    return ImageError(f"cannot read image {path}: {what}")

@@ -28,7 +28,7 @@ import numpy as np
 
 from replica.cache import Cache
 from replica.errors import ImageError
-from replica.images.overlay import EXTENT, clip, make_extents
+from replica.images.overlay import clip, make_extents
 from replica.images.source import Source
 from replica.images.vhd_format import FOOTER_BYTES, HEADER_BYTES, NO_BLOCK, DynamicHeader
 from replica.model import SECTOR_BYTES
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from replica.images.image import Bytes
     from replica.images.overlay import Extents
 
+    Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+    Grid = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+    Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
     Table = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
 MAX_BLOCKS: Final = 1 << 22
@@ -47,8 +50,8 @@ MIN_BLOCK_BYTES: Final = SECTOR_BYTES
 MAX_BLOCK_BYTES: Final = 256 << 20
 _CACHED_BITMAP_BYTES: Final = 8 << 20
 _ENTRIES_PER_READ: Final = 1 << 18
-_SOME, _ALL, _NONE = 0, 1, 2
-"""What is known of a block's bitmap: nothing, or that some bits are set; that all are; that none is."""
+_UNKNOWN, _SOME, _ALL, _NONE = range(4)
+"""What is known of a block's bitmap: nothing; that some bits are set; that all are; that none is."""
 
 
 class ChainMemory:
@@ -84,7 +87,7 @@ class BlockMap:
         bits = self.block_bytes // SECTOR_BYTES
         self.bitmap_bytes = bitmap_bytes(self.block_bytes)
         self._bits = bits
-        self._ones = np.packbits(np.ones(bits, dtype=np.uint8)).tobytes()
+        self._ones = np.packbits(np.ones(bits, dtype=np.uint8))
         self._numbers, self._sectors = _read_table(source, header, size_bytes, memory)
         reserved = [
             (0, FOOTER_BYTES),
@@ -92,7 +95,7 @@ class BlockMap:
             (header.table_offset, header.table_offset + 4 * header.max_table_entries),
         ]
         _check_places(source, self._sectors, self.bitmap_bytes + self.block_bytes, reserved, stop)
-        self._bits_set = np.full(len(self._numbers), _SOME, dtype=np.uint8)
+        self._bits_set = np.full(len(self._numbers), _UNKNOWN, dtype=np.uint8)
         self._cache, self._key = memory.bitmaps, next(memory.maps)
 
     @property
@@ -107,17 +110,15 @@ class BlockMap:
     def extents(self, start: int, stop: int) -> Extents:
         """`Layer.extents`: the sectors that were written. Reads bitmaps that are met for the first time."""
         first, last = self._find(start, stop)
-        partial = [
-            (first + int(index), bitmap)
-            for index in np.flatnonzero(self._bits_set[first:last] == _SOME)
-            if (bitmap := self._bitmap(first + int(index))) is not None
-        ]
-        pieces: list[Extents] = []
-        for row, bitmap in partial:
-            pieces += [self._rows(first, row), self._runs(self._rows(row, row + 1)[0], bitmap, start, stop)]
-            first = row + 1
         rows = self._rows(first, last)
-        return clip(np.concatenate([*pieces, rows]) if pieces else rows, start, stop)
+        if not rows["whole"].all():
+            some = np.flatnonzero(self._bits_set[first:last] <= _SOME) + first
+            bitmaps = self._bitmaps(some)
+            whole = self._remember(some, bitmaps)
+            runs = self._runs(self._places(some[~whole]), bitmaps[~whole])
+            rows = np.concatenate((rows[rows["whole"]], self._places(some[whole]), runs))
+            rows = rows[np.argsort(rows["start"])]
+        return clip(rows, start, min(stop, self.size_bytes))
 
     def _find(self, start: int, stop: int) -> tuple[int, int]:
         """The rows of the blocks that [start, stop) touches."""
@@ -128,40 +129,53 @@ class BlockMap:
     def _rows(self, first: int, last: int) -> Extents:
         """One row per block, but for those that are known to be empty."""
         bits = self._bits_set[first:last]
-        starts = self._numbers[first:last].astype(np.int64) * self.block_bytes
-        places = self._sectors[first:last].astype(np.int64) * SECTOR_BYTES + self.bitmap_bytes
-        stops = np.minimum(starts + self.block_bytes, self.size_bytes)
-        rows = make_extents(starts, stops, places, bits == _ALL)
+        rows = self._places(slice(first, last))
+        rows["whole"] = bits == _ALL
         there = bits != _NONE
         return rows if there.all() else rows[there]
 
-    def _runs(self, block: np.void, bitmap: Bytes, start: int, stop: int) -> Extents:
-        """The runs of ones of one block's bitmap, as far as [start, stop) reaches; `block` is its row."""
-        begin = int(block["start"])
-        low = max(start - begin, 0) // SECTOR_BYTES
-        high = min(-(-(min(stop, int(block["stop"])) - begin) // SECTOR_BYTES), self._bits)
-        if low >= high:
-            return np.empty(0, EXTENT)
-        byte = low // 8
-        present = np.unpackbits(bitmap[byte : -(-high // 8)])[low - byte * 8 : high - byte * 8]
-        edges = np.flatnonzero(np.diff(present, prepend=0, append=0)).reshape(-1, 2) * SECTOR_BYTES + low * SECTOR_BYTES
-        return make_extents(edges[:, 0] + begin, edges[:, 1] + begin, edges[:, 0] + int(block["place"]))
+    def _places(self, which: slice | Rows) -> Extents:
+        """One row per block, whatever its bitmap says."""
+        starts = self._numbers[which].astype(np.int64) * self.block_bytes
+        places = self._sectors[which].astype(np.int64) * SECTOR_BYTES + self.bitmap_bytes
+        return make_extents(starts, np.minimum(starts + self.block_bytes, self.size_bytes), places)
 
-    def _bitmap(self, row: int) -> Bytes | None:
-        """The block's sector bitmap, or None if all or no sectors are there (and that is remembered)."""
-        key = (self._key, row)
-        if (known := self._cache.get(key)) is not None:
-            return cast("Bytes", known)
-        data = self.source.read(int(self._sectors[row]) * SECTOR_BYTES, self.bitmap_bytes)
-        bitmap = np.frombuffer(data, dtype=np.uint8, count=len(self._ones))
-        if data.startswith(self._ones) or np.unpackbits(bitmap, count=self._bits).all():
-            self._bits_set[row] = _ALL
-            return None
-        if not bitmap.any():
-            self._bits_set[row] = _NONE
-            return None
-        self._cache.put(key, bitmap, self.bitmap_bytes)
-        return bitmap
+    def _runs(self, blocks: Extents, bitmaps: Grid) -> Extents:
+        """The runs of ones of these blocks' bitmaps."""
+        present = np.zeros((len(blocks), self._bits + 2), dtype=np.bool_)  # each with a 0 before and behind it
+        present[:, 1:-1] = np.unpackbits(bitmaps, axis=1, count=self._bits)
+        flat = present.reshape(-1)
+        edges = np.flatnonzero(flat[1:] != flat[:-1]).reshape(-1, 2)
+        block, sector = np.divmod(edges, self._bits + 2)
+        block, sector = block[:, 0], sector * SECTOR_BYTES
+        begin, place = blocks["start"][block], blocks["place"][block]
+        return make_extents(sector[:, 0] + begin, sector[:, 1] + begin, sector[:, 0] + place)
+
+    def _bitmaps(self, rows: Rows) -> Grid:
+        """These blocks' sector bitmaps, one in a row, from the cache or the file."""
+        places = self._sectors[rows].astype(np.int64) * SECTOR_BYTES
+        if not self._bits_set[rows].any():
+            return self.source.read_each(places.tolist(), self.bitmap_bytes)
+        cached = [cast("Bytes | None", self._cache.get((self._key, row))) for row in rows.tolist()]
+        new = np.array([bitmap is None for bitmap in cached])
+        bitmaps = np.empty((len(rows), self.bitmap_bytes), dtype=np.uint8)
+        bitmaps[new] = self.source.read_each(places[new].tolist(), self.bitmap_bytes)
+        for bitmap, known in zip(bitmaps, cached, strict=True):
+            if known is not None:
+                bitmap[:] = known
+        return bitmaps
+
+    def _remember(self, rows: Rows, bitmaps: Grid) -> Flags:
+        """Which of these blocks have all their sectors. That, and which have none, is remembered; others are cached."""
+        bits = bitmaps[:, : len(self._ones)] & self._ones
+        whole: Flags = np.logical_and.reduce(bits == self._ones, axis=1)
+        empty = ~np.logical_or.reduce(bits, axis=1)
+        self._bits_set[rows[whole]], self._bits_set[rows[empty]] = _ALL, _NONE
+        some = ~(whole | empty)
+        self._bits_set[rows[some]] = _SOME
+        for index in np.flatnonzero(some).tolist():
+            self._cache.put((self._key, int(rows[index])), bitmaps[index].copy(), self.bitmap_bytes)
+        return whole
 
 
 def bitmap_bytes(block_bytes: int) -> int:

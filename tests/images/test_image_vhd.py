@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replica import images
-from replica.durable import File, FileSystem
+from replica.durable import FileSystem, SystemCalls
 from replica.errors import ImageError
+from replica.images import vhd_blocks
 from replica.images.image import Image
 from replica.images.vhd import VhdImage
 
@@ -129,36 +130,52 @@ def test_any_dynamic_disk_reads_as_the_specification_says(
         assert covered == expected
 
 
-class CountingFile(File):
-    reads: int = 0
+class CountingCalls(SystemCalls):
+    """Counts reads."""
 
-    def read_into(self, offset: int, buffer: object) -> int:
-        CountingFile.reads += 1
-        return super().read_into(offset, buffer)  # type: ignore[arg-type]
+    reads = 0
 
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        self.reads += 1
+        return super().preadv(fd, buffers, offset)
 
-class CountingFileSystem(FileSystem):
-    def open(self, path: Path, *, write: bool = False) -> File:
-        return CountingFile(os.open(path, os.O_RDONLY), path)
+    def taken(self) -> int:
+        """How many since the last question."""
+        reads, self.reads = self.reads, 0
+        return reads
 
 
 def test_one_read_per_block_and_none_for_what_is_not_there(tmp_path: Path) -> None:
     blocks = {n: os.urandom(8192) for n in (1, 0, 5)}
     vhd = vhd_maker.Vhd(64 * 8192, blocks=blocks, bitmaps={5: b"\xf0\x0f"})
     (tmp_path / "a.vhd").write_bytes(vhd.build())
-    CountingFile.reads = 0
-    with VhdImage.open(CountingFileSystem(), tmp_path / "a.vhd") as image:
-        assert CountingFile.reads <= 4
-        CountingFile.reads = 0
-        assert whole(image) == vhd.content()
-        assert CountingFile.reads == 6
-        CountingFile.reads = 0
-        assert whole(image) == vhd.content()
-        assert CountingFile.reads == 3
-        CountingFile.reads = 0
+    calls = CountingCalls()
+    with VhdImage.open(FileSystem(calls), tmp_path / "a.vhd") as image:
+        assert calls.taken() <= 4
         image.read_into(6 * 8192, bytearray(58 * 8192))
+        assert calls.taken() == 0
         image.read_into(5 * 8192 + 4 * 512, bytearray(8 * 512))
-        assert CountingFile.reads == 0
+        assert calls.taken() == 1  # the bitmap
+        assert whole(image) == vhd.content()
+        assert calls.taken() == 5
+        assert whole(image) == vhd.content()
+        assert calls.taken() == 3
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 600, 1 << 20])
+def test_bitmaps_that_the_cache_let_go_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    blocks = {n: os.urandom(8192) for n in range(8)}
+    vhd = vhd_maker.Vhd(8 * 8192, blocks=blocks, bitmaps={n: bytes([n + 1, 0x81]) for n in (0, 2, 3, 6)})
+    (tmp_path / "a.vhd").write_bytes(vhd.build())
+    monkeypatch.setattr(vhd_blocks, "_CACHED_BITMAP_BYTES", kept_bytes)
+    with VhdImage.open(FileSystem(), tmp_path / "a.vhd") as image:
+        for step in (8192, 3 * 8192, 8 * 8192, 512):
+            buffer = bytearray(image.size_bytes)
+            for start in range(image.size_bytes - image.size_bytes % step, -1, -step):
+                image.read_into(start, memoryview(buffer)[start : start + step])
+            assert bytes(buffer) == vhd.content()
 
 
 def test_holes_of_the_file_inside_blocks_are_not_allocated(tmp_path: Path) -> None:
