@@ -22,7 +22,8 @@ one: data was lost there). (And the leaf at the smaller of the two sizes, and al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
@@ -31,12 +32,13 @@ from replica.delta.change import Delta, DiskChange, MemoryDelta, check_roots, to
 from replica.delta.extents import DATA, Rows, as_bytes, count_data
 from replica.delta.head import Head, MemoryHead
 from replica.delta.leaves import PIECE_BYTES, ByDisk, leaf_runs, ranges_of
-from replica.delta.prepare import prepare
+from replica.delta.prepare import THREADS, prepare
 from replica.delta.ranges import union
 from replica.delta.segment import Segment
 from replica.errors import LostError
 from replica.merkle import Digests, Leaves, leaf_digests_at
 from replica.model import DeltaId, DiskState, random_id
+from replica.pipeline import Bytes, in_order
 from replica.progress import Progress, silent
 
 
@@ -95,9 +97,10 @@ def settle(head: Head, delta: Delta, inverse: Extents, progress: Progress = sile
                 pass
             continue
         update = head.tree(change.disk_id).update(write=True)
-        for leaves, buffer in _read_back(head, change, runs):
-            update.put_at(leaves, leaf_digests_at(buffer.data, leaves, change.leaf_bytes))
-            progress(done + counted.data_bytes, total)
+        with closing(_read_back(head, change, runs)) as found:
+            for leaves, digests in found:
+                update.put_at(leaves, digests)
+                progress(done + counted.data_bytes, total)
         done += counted.data_bytes
         if change.result_bytes < change.base_bytes:
             update.truncate(change.after.count_leaves)
@@ -126,14 +129,18 @@ def _boundary_leaf(change: DiskChange) -> list[tuple[int, int]]:
     return [(leaf, leaf + 1)]
 
 
-def _read_back(head: Head, change: DiskChange, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[Leaves, Digests]]:
-    """(numbers, content) of the leaves in `runs` that are inside the disk, at most `PIECE_BYTES` at once."""
+def _read_back(head: Head, change: DiskChange, runs: Iterator[tuple[int, int]]) -> Generator[tuple[Leaves, Digests]]:
+    """Numbers and digests of the leaves in `runs` that are inside the disk, a piece at a time, by several threads."""
     assert change.after is not None
-    for leaves in _gathered(runs, change.after.count_leaves, PIECE_BYTES // change.leaf_bytes):
+
+    def look(leaves: Leaves, memory: Bytes) -> tuple[Leaves, Digests]:
         places = ranges_of(leaves, change.leaf_bytes, change.result_bytes)
-        buffer = np.empty(sum(length for _, length in places), dtype=np.uint8)
+        buffer = memory[: sum(length for _, length in places)]
         head.read_ranges(change.disk_id, places, buffer.data)
-        yield leaves, buffer
+        return leaves, leaf_digests_at(buffer.data, leaves, change.leaf_bytes)
+
+    gathered = _gathered(runs, change.after.count_leaves, PIECE_BYTES // change.leaf_bytes)
+    return in_order(look, gathered, PIECE_BYTES, THREADS)
 
 
 def _gathered(runs: Iterator[tuple[int, int]], stop_leaf: int, most: int) -> Iterator[Leaves]:

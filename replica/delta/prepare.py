@@ -2,8 +2,9 @@
 
 Leaf by leaf, in pieces of at most 4 MiB (`leaves`): the old leaves are read and
 checked against the tree; what the delta covers of them goes to the inverse; then
-the delta is laid over the same buffers and the new digests computed. At the end
-the roots that will result are known before a byte of the head has changed.
+the delta is laid over the same buffers and the new digests computed. Several
+threads look at pieces, and what they found is taken in order. At the end the
+roots that will result are known before a byte of the head has changed.
 
 What the inverse carries, for a disk that goes from p to q grains: every grain
 the delta covers, and every grain from q to p, which is cut off. It is canonical
@@ -21,6 +22,8 @@ counts only if the head's committed root comes out of it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +32,20 @@ from replica import _native
 from replica.delta.change import Delta, DiskChange, check_roots, check_segment, total_bytes
 from replica.delta.extents import DATA, LOST, ZERO, Rows, as_bytes, grains_of, rows_of, rows_of_grains, stop_of
 from replica.delta.head import Head
-from replica.delta.leaves import Blank, ByDisk, Piece, aligned, pieces, ranges_of
+from replica.delta.leaves import PIECE_BYTES, Blank, ByDisk, Piece, aligned, pieces, ranges_of
 from replica.delta.pack import Packer, Sink
 from replica.delta.recover import recover
 from replica.delta.segment import Segment
 from replica.errors import BaseMismatchError, FormatError, LeafDamageError
 from replica.merkle import Digests, Leaves, MemoryNodes, MerkleTree, leaf_digests_at
-from replica.model import DamagedLeaves, DiskId, DiskState
+from replica.model import DIGEST_BYTES, DamagedLeaves, DiskId, DiskState
+from replica.pipeline import Bytes, in_order
 from replica.progress import Progress, silent
 
 Flags = npt.NDArray[np.bool_]
 
+THREADS = 3
+"""That look at pieces: one that waits for the device lets the others hash."""
 MAX_DAMAGED = 1 << 16
 """Rotten leaves that one pass counts; what is beyond them is found the next time."""
 
@@ -85,10 +91,11 @@ def prepare(
     unfit: list[DiskId] = []
     for index, change in enumerate(delta.disks):
         one = _PrepareDisk(head, index, change, packer, [r for r in rotten if r.disk_id == change.disk_id])
-        for rows, payload in aligned(one.parts(segments.take(index)), one.per_leaf, change.grain_bytes):
-            for piece in pieces(rows, payload, change, one.tree):
-                one.add(piece)
-                done += len(piece.payload) if isinstance(piece, Piece) else 0
+        plan = one.plan(one.parts(segments.take(index)))
+        with closing(in_order(one.look, plan, PIECE_BYTES, THREADS)) as looks:
+            for looked in looks:
+                one.take(looked)
+                done += 0 if isinstance(looked, Blank) else len(looked.piece.payload)
                 progress(done, total)
         root = one.finish()
         damaged += one.damaged
@@ -121,8 +128,37 @@ def _rotten(delta: Delta, damaged: list[DamagedLeaves], unfit: tuple[DiskId, ...
     )
 
 
+_Plan = tuple[Piece | Blank, Digests]
+"""What is to be looked at, and what the tree says of its leaves."""
+_NO_DIGESTS = np.empty((0, DIGEST_BYTES), dtype=np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotten:
+    """Leaves of which some (`bad`) are not what `stored` says: as they are, and as they will be."""
+
+    old: Digests
+    new: Digests
+    stored: Digests
+    bad: Flags
+    covered: Flags
+    grains: Leaves
+    slots: Leaves
+    places: Leaves
+
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """What a piece leads to: its part of the inverse and its new digests, or why they are to be told otherwise."""
+
+    piece: Piece
+    inverse: tuple[Rows, memoryview] | None
+    digests: Digests | None
+    rotten: _Rotten | None
+
+
 class _PrepareDisk:
-    """One disk's part of pass 1."""
+    """One disk's part of pass 1: pieces are looked at by several threads, and taken in their order by one."""
 
     def __init__(self, head: Head, index: int, change: DiskChange, packer: Packer, rotten: list[DamagedLeaves]) -> None:
         self._head, self._index, self._change, self._packer = head, index, change, packer
@@ -161,34 +197,60 @@ class _PrepareDisk:
             if rest.any():
                 raise FormatError(f"the delta cuts disk {change.disk.name!r} inside a grain that it does not carry")
 
-    def add(self, piece: Piece | Blank) -> None:
-        """Inverse and new digests of the next leaves."""
-        change = self._change
+    def plan(self, parts: Iterator[tuple[Rows, memoryview]]) -> Iterator[_Plan]:
+        """What is to be looked at, in order; the tree is asked here, in the caller's thread."""
+        for rows, payload in aligned(parts, self.per_leaf, self._change.grain_bytes):
+            for piece in pieces(rows, payload, self._change, self.tree):
+                if isinstance(piece, Blank):
+                    self._before.put_zeros(piece.first // self.per_leaf, piece.stop // self.per_leaf)
+                    yield piece, _NO_DIGESTS
+                    continue
+                stored = self.tree.leaves_at(piece.leaves)
+                self._before.put_at(piece.leaves, stored)
+                yield piece, stored
+
+    def look(self, plan: _Plan, memory: Bytes) -> _Looked | Blank:
+        """Read and check the old leaves, make of them what goes to the inverse, and then the new ones. Thread-safe."""
+        piece, stored = plan
         if isinstance(piece, Blank):
-            self._before.put_zeros(piece.first // self.per_leaf, piece.stop // self.per_leaf)
-            if piece.first <= self._boundary * self.per_leaf < piece.stop:
-                self._boundary = -1
-            if piece.first < change.result_grains:
-                rows = rows_of([(piece.first, piece.stop - piece.first, ZERO)])
-                self._packer.add(self._index, change.grain_bytes, rows, b"")
-            return
+            return piece
         grains = grains_of(piece.rows).astype(np.int64)
         slots = np.searchsorted(piece.leaves, grains // self.per_leaf)
         places = slots * self.per_leaf + grains % self.per_leaf
-        covered = self._covered(piece.leaves, slots[grains < change.base_grains])
-        if self._boundary in piece.leaves:
-            self._boundary = -1
-        leaves, stored, bad = self._read(piece.leaves, covered)
-        new = leaves.copy() if bad.any() else leaves
-        lost = np.zeros(len(bad), dtype=np.bool_)
+        covered = self._covered(piece.leaves, slots[grains < self._change.base_grains])
+        leaves = memory[: len(piece.leaves) * self._change.leaf_bytes].reshape(len(piece.leaves), -1)
+        bad = self._read(piece.leaves, covered, stored, leaves)
         if bad.any():
+            old, new = leaves.copy(), leaves.copy()  # the memory is the next one's
             self._lay(piece, new, places)
-            lost = self._recover(piece.leaves, leaves, new, stored, bad & covered)
-            self._report(piece.leaves[bad & ~covered])
-        self._emit(leaves, grains, places, lost[slots])
-        if not bad.any():
-            self._lay(piece, new, places)
-        self._put(piece.leaves, new)
+            return _Looked(piece, None, None, _Rotten(old, new, stored, bad, covered, grains, slots, places))
+        inverse = self._inverse(leaves, grains, places, np.zeros(len(grains), dtype=np.bool_))
+        self._lay(piece, leaves, places)
+        return _Looked(piece, inverse, self._digests(piece.leaves, leaves), None)
+
+    def take(self, looked: _Looked | Blank) -> None:
+        """The inverse and the new digests of what was looked at, in order."""
+        if isinstance(looked, Blank):
+            self._take_blank(looked)
+            return
+        numbers, inverse, digests = looked.piece.leaves, looked.inverse, looked.digests
+        if self._boundary in numbers:
+            self._boundary = -1
+        if (rotten := looked.rotten) is not None:
+            lost = self._recover(numbers, rotten)
+            self._report(numbers[rotten.bad & ~rotten.covered])
+            inverse = self._inverse(rotten.old, rotten.grains, rotten.places, lost[rotten.slots])
+            digests = self._digests(numbers, rotten.new)
+        assert inverse is not None and digests is not None
+        self._packer.add(self._index, self._change.grain_bytes, *inverse)
+        self._update.put_at(numbers[: len(digests)], digests)
+
+    def _take_blank(self, blank: Blank) -> None:
+        if blank.first <= self._boundary * self.per_leaf < blank.stop:
+            self._boundary = -1
+        if blank.first < self._change.result_grains:
+            rows = rows_of([(blank.first, blank.stop - blank.first, ZERO)])
+            self._packer.add(self._index, self._change.grain_bytes, rows, b"")
 
     def _lay(self, piece: Piece, leaves: Digests, places: Leaves) -> None:
         """The delta's grains, over the old ones."""
@@ -202,38 +264,39 @@ class _PrepareDisk:
         there = np.clip(self._change.base_grains - numbers * self.per_leaf, 0, self.per_leaf)
         return np.asarray(np.bincount(slots, minlength=len(numbers)) == there)
 
-    def _read(self, numbers: Leaves, covered: Flags, *, prove: bool = True) -> tuple[Digests, Digests, Flags]:
-        """The old leaves, u8[n, leaf_bytes], what the tree says of them, and which of them are rotten.
+    def _read(self, numbers: Leaves, covered: Flags, stored: Digests, leaves: Digests) -> Flags:
+        """Fill `leaves`, u8[n, leaf_bytes], with the old ones; which of them are not what `stored` says.
 
         A leaf that is covered as a whole and zero by the tree is not read: nothing of it will be left.
         """
         change = self._change
-        leaves = np.zeros((len(numbers), change.leaf_bytes), dtype=np.uint8)
-        stored = self.tree.leaves_at(numbers)
-        if prove:
-            self._before.put_at(numbers, stored)
         wanted = np.flatnonzero((stored.any(axis=1) | ~covered) & (numbers * change.leaf_bytes < change.base_bytes))
         found = np.zeros_like(stored)
+        all_wanted = len(wanted) == len(numbers)
+        if not all_wanted:
+            leaves[:] = 0
         if len(wanted):
-            part = leaves if len(wanted) == len(numbers) else np.zeros((len(wanted), change.leaf_bytes), np.uint8)
+            part = leaves if all_wanted else np.empty((len(wanted), change.leaf_bytes), np.uint8)
             places = ranges_of(numbers[wanted], change.leaf_bytes, change.base_bytes)
-            self._head.read_ranges(change.disk_id, places, part.reshape(-1)[: sum(n for _, n in places)].data)
+            flat, length = part.reshape(-1), sum(n for _, n in places)
+            self._head.read_ranges(change.disk_id, places, flat[:length].data)
+            flat[length:] = 0
             found[wanted] = leaf_digests_at(part.data, numbers[wanted], change.leaf_bytes)
             if part is not leaves:
                 leaves[wanted] = part
-        return leaves, stored, (found != stored).any(axis=1)
+        return np.asarray((found != stored).any(axis=1))
 
-    def _recover(self, numbers: Leaves, leaves: Digests, new: Digests, stored: Digests, bad: Flags) -> Flags:
-        """Put back into `leaves` what can be told of rotten ones that are replaced; the lost ones (zeros then)."""
+    def _recover(self, numbers: Leaves, rotten: _Rotten) -> Flags:
+        """Put back into `old` what can be told of rotten ones that are replaced; the lost ones (zeros then)."""
         lost = np.zeros(len(numbers), dtype=np.bool_)
         known = self._is_rotten(numbers)
-        for slot in np.flatnonzero(bad).tolist():
-            number, digest = int(numbers[slot]), stored[slot].tobytes()
-            found = recover(leaves[slot], new[slot], self._change.grain_bytes, number, digest)
+        for slot in np.flatnonzero(rotten.bad & rotten.covered).tolist():
+            number, digest = int(numbers[slot]), rotten.stored[slot].tobytes()
+            found = recover(rotten.old[slot], rotten.new[slot], self._change.grain_bytes, number, digest)
             if found is None and not known[slot]:
                 self._report(numbers[slot : slot + 1])
             lost[slot] = found is None
-            leaves[slot] = 0 if found is None else found
+            rotten.old[slot] = 0 if found is None else found
         return lost
 
     def _is_rotten(self, numbers: Leaves) -> Flags:
@@ -246,8 +309,8 @@ class _PrepareDisk:
         room = MAX_DAMAGED - len(self.damaged)
         self.damaged += [DamagedLeaves(self._change.disk_id, n, n + 1) for n in numbers[:room].tolist()]
 
-    def _emit(self, leaves: Digests, grains: Leaves, places: Leaves, lost: Flags) -> None:
-        """The covered grains' old content, to the inverse; `lost`: which of them have none any more."""
+    def _inverse(self, leaves: Digests, grains: Leaves, places: Leaves, lost: Flags) -> tuple[Rows, memoryview]:
+        """The covered grains' old content, as rows and payload; `lost`: which of them have none any more."""
         change = self._change
         zero = np.empty(leaves.size // change.grain_bytes, dtype=np.uint8)
         _native.zeros(leaves.data, change.grain_bytes, zero.data)
@@ -256,13 +319,13 @@ class _PrepareDisk:
         kinds = np.where(lost, np.uint8(LOST), np.where(data, np.uint8(DATA), np.uint8(ZERO)))
         rows = rows_of_grains(grains[kept].astype(np.uint64), kinds[kept])
         payload = leaves.reshape(-1, change.grain_bytes)[places[kept & data]]
-        self._packer.add(self._index, change.grain_bytes, rows, payload.reshape(-1).data)
+        return rows, payload.reshape(-1).data
 
-    def _put(self, numbers: Leaves, leaves: Digests) -> None:
+    def _digests(self, numbers: Leaves, leaves: Digests) -> Digests:
         """The new digests, of the leaves that will be there."""
         change = self._change
         count = int(np.searchsorted(numbers * change.leaf_bytes, change.result_bytes, "left"))
-        self._update.put_at(numbers[:count], leaf_digests_at(leaves[:count].data, numbers[:count], change.leaf_bytes))
+        return leaf_digests_at(leaves[:count].data, numbers[:count], change.leaf_bytes)
 
     def finish(self) -> bytes:
         """The root of the result."""
@@ -270,7 +333,9 @@ class _PrepareDisk:
         self.root_before = self._before.root(change.base_bytes)
         if self._boundary >= 0:
             number = np.array([self._boundary])
-            self._report(number[self._read(number, np.zeros(1, dtype=np.bool_), prove=False)[2]])
+            leaf = np.empty((1, change.leaf_bytes), dtype=np.uint8)
+            stored = self.tree.leaves_at(number)
+            self._report(number[self._read(number, np.zeros(1, dtype=np.bool_), stored, leaf)])
             proof = self.tree.update(write=False)  # of its own, since larger leaves may have been put already
             proof.put(self._boundary, self.tree.leaves(self._boundary, 1))
             if proof.root(change.base_bytes) != self.root_before:

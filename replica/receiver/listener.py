@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
 import ssl
 import struct
@@ -242,12 +241,3 @@ def address_key(address: str) -> str:
     if isinstance(ip, IPv6Address):
         return str(ip.ipv4_mapped or IPv6Network((int(ip) >> 64 << 64, 64)))
     return str(ip)
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process have as many descriptors as it may: the default of 1024 is made for `select`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            log.debug("descriptors: %s instead of %d", hard if hard != resource.RLIM_INFINITY else "unlimited", soft)

@@ -25,7 +25,8 @@ from aiohttp import web
 from replica.durable import FileSystem
 from replica.errors import ListenError
 from replica.receiver.http_api import HttpApi
-from replica.receiver.listener import Listener, raise_descriptor_limit
+from replica.receiver.limits import raise_descriptor_limit, share_arenas
+from replica.receiver.listener import Listener
 from replica.receiver.site import Site, SiteSpec
 from replica.receiver.workers import Workers
 from replica.transport.tls import server_context
@@ -51,6 +52,7 @@ _LISTEN = {
 def serve(spec: SiteSpec, *, fs: FileSystem | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError, ListenError or StorageError at start."""
     raise_descriptor_limit()
+    share_arenas()
     asyncio.run(_serve_until_signalled(fs or FileSystem(), spec))
 
 

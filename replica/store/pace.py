@@ -22,7 +22,7 @@ _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
 
 class Pace:
-    """`bytes_per_second` None: as fast as it goes. From `take`, `save` is called every few seconds, `wait` each time."""
+    """`bytes_per_second` None: as fast as it goes. `take` calls `save` every few seconds, and `wait` each time."""
 
     def __init__(
         self,

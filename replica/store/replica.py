@@ -453,7 +453,7 @@ class ReplicaStore:
         try:
             if reserve_bytes:
                 self._check_space(delta_id, reserve_bytes)
-            with self._quiet, going_first(self._fs, self._layout):
+            with going_first(self._fs, self._layout), self._quiet:
                 return self._commit(delta_id, progress)
         finally:
             self._working.release()
